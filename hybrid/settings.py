@@ -1,0 +1,160 @@
+"""Every setting, once: one frozen tree, default < `hybrid.toml` < environment (`HYBRID_ENGINE__PORT`) < flag.
+
+A name that does not exist is an error that says so. The environment is read here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from hybrid.errors import SetupError
+from hybrid.rooms import Home
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+DEFAULT_EMBEDDER = "all-MiniLM-L6-v2"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ServerSettings(_Section):
+    """Where the server listens and what it lets in."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    ui: bool = True
+    quickstart: bool = Field(True, description="train the quickstart adapters in the background on the first start")
+    max_body_bytes: int = Field(4 << 20, description="a larger request body is 413")
+    max_header_count: int = 100
+    max_header_bytes: int = 32 << 10
+    max_messages: int = 512
+    max_n: int = Field(8, description="the largest `n`, `best_of`")
+    max_logprobs: int = 20
+    max_stop: int = 16
+    max_inflight: int = Field(256, description="requests in the gateway at once; one more is 503")
+    drain_s: float = Field(30.0, description="how long requests in flight may take after SIGTERM")
+
+
+class EngineSettings(_Section):
+    """The vLLM child, or the URL of one that runs already."""
+
+    kind: str = Field("vllm", description="vllm, scripted, or the URL of a running OpenAI-compatible vLLM server")
+    max_model_len: int = 2048
+    max_loras: int = Field(8, description="adapters computed in one batch")
+    max_cpu_loras: int = Field(32, description="adapters kept in memory")
+    max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 32
+    max_num_seqs: int = 32
+    kv_cache_gb: int = Field(2, description="VLLM_CPU_KVCACHE_SPACE, in GiB")
+    dtype: str = "bfloat16"
+    args: tuple[str, ...] = Field((), description="more flags for vLLM, passed as they are")
+    start_timeout_s: float = 900.0
+    first_byte_timeout_s: float = 120.0
+    idle_timeout_s: float = 60.0
+    probe_every_s: float = Field(10.0, description="a one-token answer is asked of an idle engine this often")
+    probe_timeout_s: float = 20.0
+    probe_failures: int = 3
+    restart_limit: int = Field(8, description="restarts within ten minutes before the engine is called degraded")
+
+
+class RetrievalSettings(_Section):
+    """How corpora are cut and searched."""
+
+    top_k: int = Field(3, ge=1, le=50)
+    chunk_tokens: int = 200
+    passage_budget_tokens: int = Field(1100, description="tokens of passages in one prompt at most")
+    embed_batch: int = 64
+
+
+class GateSettings(_Section):
+    """The rules around the learned scores."""
+
+    deadline_ms: float = Field(50.0, description="a slower gate is not waited for")
+    quality_cost: float = Field(0.7, ge=0, le=1, description="0 cheapest, 1 best")
+    default_arm: str = Field("prompt", description="answers when the gate cannot")
+    few_shot_k: int = Field(4, ge=1, le=32)
+
+
+class Settings(BaseSettings):
+    """The whole tree. `Settings.load(...)` reads file and environment; flags come in as overrides."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix="HYBRID_",
+        env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
+    )
+
+    home: Path = Field(default_factory=Path.cwd, description="the folder that holds adapters/, index/ and eval/")
+    cache: Path = Field(
+        default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid",
+        description="where models are materialised",
+    )
+    data: Path | None = Field(None, description="task folders outside the home (HYBRID_DATA), used by suites")
+    model: str = Field(
+        DEFAULT_MODEL, description="the base model: a built-in name, a Hugging Face id or a local folder"
+    )
+    embedder: str = Field(DEFAULT_EMBEDDER, description="the sentence embedder, named the same way")
+    system_prompt: str = Field(
+        "", description="put first by the strategy `prompt` when the request has no system message"
+    )
+    server: ServerSettings = ServerSettings()
+    engine: EngineSettings = EngineSettings()
+    retrieval: RetrievalSettings = RetrievalSettings()
+    gate: GateSettings = GateSettings()
+
+    @property
+    def rooms(self) -> Home:
+        """The folders of the home."""
+        return Home(self.home.resolve())
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        home = Path(os.environ.get("HYBRID_HOME") or Path.cwd())
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, home / "hybrid.toml")
+
+    @classmethod
+    def load(cls, **overrides: Any) -> Settings:
+        """The settings in force. Raises SetupError naming the field when a value or a name is wrong."""
+        try:
+            return cls(**overrides)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(p) for p in first["loc"])
+            raise SetupError(
+                f"setting {where!r}: {first['msg']}. Look in hybrid.toml and the HYBRID_* environment."
+            ) from error
+        except tomllib.TOMLDecodeError as error:
+            raise SetupError(f"hybrid.toml is not valid TOML: {error}.") from error
+
+
+def offline_environment() -> None:
+    """No hub, no telemetry: set before a heavy library is imported, here and in every child."""
+    os.environ.update(OFFLINE)
+
+
+#: what every process of ours runs with
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}

@@ -1,0 +1,27 @@
+"""`rag[:CORPUS]` and `adapter+rag:NAME[:CORPUS]`: retrieve, put the passages before the question, ask.
+
+Retrieval-augmented generation, Lewis et al. 2020 (arXiv 2005.11401), with passages in the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from hybrid.errors import BadRequest
+from hybrid.prompts import replace_last_user, with_passages
+from hybrid.strategies.tools import Tools
+from hybrid.types import Arm, Event, Request, Retrieved
+
+
+async def run(request: Request, arm: Arm, tools: Tools) -> AsyncIterator[Event]:
+    """Searches with the last user message; the passages that fit the budget are shown and cited."""
+    if not request.messages:
+        raise BadRequest("rag answers chat requests; send `messages` to /v1/chat/completions.", param="model")
+    named = arm.args[1:] if arm.adapter else arm.args
+    corpus = request.knobs.corpus or (named[0] if named else None)
+    found = await tools.search(corpus, request.query, request.knobs.top_k or tools.top_k)
+    passages = tools.fit(found)
+    yield Retrieved(passages)
+    messages = replace_last_user(request.messages, with_passages(request.query, passages))
+    async for token in tools.generate(messages, adapter=arm.adapter):
+        yield token

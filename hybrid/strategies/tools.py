@@ -1,0 +1,45 @@
+"""The verbs a strategy is handed; the gateway binds them to one request."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
+
+from hybrid.types import Message, Passage, Token
+
+
+class Tools(Protocol):
+    """The verbs a strategy may use, bound to one request."""
+
+    def generate(
+        self, messages: Sequence[Message] | None = None, *, prompt: Any = None, adapter: str | None = None
+    ) -> AsyncIterator[Token]:
+        """The engine's answer, with the request's own sampling and streaming. `adapter` is `name` or `name@version`."""
+        ...
+
+    async def search(self, corpus: str | None, query: str, k: int) -> tuple[Passage, ...]:
+        """The `k` passages nearest to `query` that the caller may see. `corpus=None` searches all of them."""
+        ...
+
+    async def examples(self, task: str | None, query: str, k: int) -> tuple[tuple[str, str], ...]:
+        """The `k` training examples (user message, answer) nearest to `query`, nearest last."""
+        ...
+
+    def fit(self, passages: Sequence[Passage]) -> tuple[Passage, ...]:
+        """As many of the passages, best first, as the prompt's budget holds."""
+        ...
+
+    @property
+    def top_k(self) -> int:
+        """How many passages to ask for."""
+        ...
+
+    @property
+    def few_shot_k(self) -> int:
+        """How many worked examples to ask for."""
+        ...
+
+    @property
+    def system_prompt(self) -> str:
+        """The house's system prompt, or nothing."""
+        ...
