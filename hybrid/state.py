@@ -27,6 +27,7 @@ from sqlalchemy import (
     insert,
     select,
 )
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 schema = MetaData()
 
@@ -147,6 +148,19 @@ class State:
         """Stores one feedback row."""
         with self._engine.begin() as connection:
             connection.execute(insert(feedback).values(**row))
+
+    def put_job(self, job_id: str, **values: Any) -> None:
+        """Writes a job's row, new or not; `updated` is set here."""
+        row = {"id": job_id, "updated": time.time(), **values}
+        statement = sqlite_insert(jobs).values(**row)
+        with self._engine.begin() as connection:
+            connection.execute(statement.on_conflict_do_update(index_elements=["id"], set_=row))
+
+    def jobs(self, limit: int = 50) -> list[dict[str, Any]]:
+        """The newest jobs, newest first."""
+        with self._engine.connect() as connection:
+            rows = connection.execute(select(jobs).order_by(jobs.c.created.desc()).limit(limit)).mappings()
+            return [dict(row) for row in rows]
 
     def close(self) -> None:
         """Releases every connection."""

@@ -1,1 +1,48 @@
+"""The command line: each command is a parse and one call. Data goes to stdout, words to stderr."""
 
+from __future__ import annotations
+
+import sys
+
+import click
+import typer
+
+from hybrid.cli import adapters, ask, doctor, index, keys, serve, train
+from hybrid.cli.say import complain
+from hybrid.errors import HybridError
+
+app = typer.Typer(
+    name="hybrid",
+    help="Prompt, retrieve, fine-tune, or several together: measured on your own tasks, served by one endpoint.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+app.command("serve")(serve.serve)
+app.command("ask")(ask.ask)
+app.command("train")(train.train)
+app.command("index")(index.index)
+app.command("search")(index.search)
+app.command("doctor")(doctor.doctor)
+app.add_typer(adapters.app, name="adapters")
+app.add_typer(keys.app, name="keys")
+
+
+def main() -> None:
+    """The console script. Exit codes: 0 ok, 1 failed, 2 usage, 3 not ready, 130 interrupted."""
+    try:
+        code = app(standalone_mode=False)
+    except HybridError as error:
+        complain(error.message)
+        code = error.exit_code
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        complain("Interrupted.")
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

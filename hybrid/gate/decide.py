@@ -1,0 +1,83 @@
+"""From a request to a decision: embed once, score every arm, let the policy choose, within the deadline.
+
+Whatever goes wrong here costs quality, never the answer: the default arm is taken and the decision says why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+import uuid
+from collections.abc import Callable
+
+from hybrid.gate.model import Gate, Scores
+from hybrid.gate.policy import Policy
+from hybrid.knowledge.search import Library
+from hybrid.settings import GateSettings
+from hybrid.types import Arm, Decision, Request
+
+log = logging.getLogger("hybrid.gate")
+
+
+class Decider:
+    """`gate` gives numbers, `policy` rules. `library` embeds the query and scores the corpora with the same vector."""
+
+    def __init__(self, gate: Gate, policy: Policy, library: Library, settings: GateSettings) -> None:
+        self.gate = gate
+        self._policy = policy
+        self._library = library
+        self._settings = settings
+
+    async def decide(self, request: Request, allowed: Callable[[Arm], bool]) -> Decision:
+        """The decision for `model="auto"`. Never raises: a gate that fails or is late falls back to the default arm."""
+        began = time.perf_counter()
+        try:
+            async with asyncio.timeout(self._settings.deadline_ms / 1000):
+                scores = await asyncio.to_thread(self._score, request.query)
+            if any(not math.isfinite(score) for score in scores.by_arm.values()):
+                raise ValueError("the gate gave a score that is not a number")
+            choice = self._policy.choose(scores, allowed=allowed, knobs=request.knobs)
+        except TimeoutError:
+            return self._default("deadline", f"the gate took longer than {self._settings.deadline_ms:g} ms", began)
+        except Exception as error:
+            # the gate is learned and fed by users' artefacts: no failure of it may cost an answer
+            log.exception("the gate failed; the default arm answers")
+            return self._default("error", f"the gate failed ({type(error).__name__})", began)
+        return Decision(
+            id=new_id(),
+            arm=choice.arm,
+            scores={str(arm): round(float(score), 4) for arm, score in scores.by_arm.items()},
+            confidence=round(float(choice.confidence), 4),
+            reason=choice.reason,
+            fallback=choice.fallback,
+            route_ms=_since(began),
+            neighbours=tuple(scores.neighbours),
+        )
+
+    def _score(self, query: str) -> Scores:
+        if len(self.gate.arms()) <= 1:  # nothing to choose between: nothing to compute
+            return Scores.only(self.gate.arms())
+        vector = self._library.embedder.embed_query(query)
+        return self.gate.score(query, vector)
+
+    def _default(self, fallback: str, reason: str, began: float) -> Decision:
+        return Decision(
+            id=new_id(),
+            arm=Arm.parse(self._settings.default_arm),
+            confidence=0.0,
+            reason=f"{reason}, so the default arm answers",
+            chosen_by="fallback",
+            fallback=fallback,
+            route_ms=_since(began),
+        )
+
+
+def new_id() -> str:
+    """A new decision id."""
+    return f"dec_{uuid.uuid4().hex}"
+
+
+def _since(began: float) -> float:
+    return round((time.perf_counter() - began) * 1000, 2)

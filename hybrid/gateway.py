@@ -1,0 +1,274 @@
+"""The file to read first: request → gate → policy → strategy → engine, and back as one stream of events.
+
+Three consumers fold that stream: the server (SSE), the UI (panels), the evaluator (outcomes). A named model bypasses
+the gate. Adapter aliases are resolved once, here, at the start: an answer begun on `@2` ends on `@2`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import hmac
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hybrid import catalog
+from hybrid.adapters.hotload import HotLoader
+from hybrid.adapters.store import AdapterStore, AdapterVersion
+from hybrid.engine import Engine
+from hybrid.errors import BadRequest, HybridError, ModelNotFound, NotFound, NotReady
+from hybrid.gate.decide import Decider, new_id
+from hybrid.gate.enrol import Enrolment
+from hybrid.journal import Journal
+from hybrid.knowledge.search import Library
+from hybrid.knowledge.shelves import Shelves
+from hybrid.settings import Settings
+from hybrid.state import State
+from hybrid.strategies import STRATEGIES
+from hybrid.strategies.bound import Bound
+from hybrid.types import JSON, Arm, Decided, Decision, Event, Failed, Finished, Request
+
+log = logging.getLogger("hybrid.gateway")
+
+
+class Gateway:
+    """One home being served. Built by `hybrid.boot.open_gateway`; every part is passed in."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        state: State,
+        engine: Engine,
+        store: AdapterStore,
+        loader: HotLoader,
+        library: Library,
+        shelves: Shelves,
+        decider: Decider,
+        count_tokens: Callable[[str], int],
+        secret: bytes,
+        enrolment: Enrolment,
+    ) -> None:
+        self.settings = settings
+        self.state = state
+        self.engine = engine
+        self.store = store
+        self.loader = loader
+        self.library = library
+        self.shelves = shelves
+        self.decider = decider
+        self.journal = Journal(state)
+        self._count_tokens = count_tokens
+        self._secret = secret
+        self._enrolment = enrolment
+        self._in_use: collections.Counter[str] = collections.Counter()
+
+    # --- answering -------------------------------------------------------------------------------------------------
+
+    async def answer(self, request: Request) -> AsyncIterator[Event]:
+        """Yields Decided, then what the strategy yields, then Finished or Failed.
+
+        Raises before the first event what can be known before work starts (ModelNotFound, NotReady); a failure after
+        it is the last event. Closing the iterator aborts every engine call made for the request.
+        """
+        decision, version = await self._decide(request)
+        self.journal.add(decision, request.caller)
+        tools = Bound(
+            request,
+            settings=self.settings,
+            engine=self.engine,
+            library=self.library,
+            shelves=self.shelves.select,
+            count_tokens=self._count_tokens,
+            adapters={decision.arm.adapter: version.ref.engine_name} if version and decision.arm.adapter else {},
+            cache_salt=self._salt(request.caller),
+        )
+        with self._using(version):
+            try:
+                yield Decided(decision)
+                async for event in STRATEGIES[decision.arm.strategy](request, decision.arm, tools):
+                    yield event
+                yield Finished(tools.usage)
+            except HybridError as error:
+                yield Failed(error)
+            finally:
+                await tools.aclose()
+
+    async def route(self, request: Request) -> Decision:
+        """The decision alone; nothing is generated."""
+        decision, _ = await self._decide(request)
+        self.journal.add(decision, request.caller)
+        return decision
+
+    async def _decide(self, request: Request) -> tuple[Decision, AdapterVersion | None]:
+        arm = self.resolve(request.model)
+        if arm is None:
+            decision = await self.decider.decide(request, allowed=lambda arm: self._allowed(arm, request))
+        else:
+            decision = Decision(id=new_id(), arm=arm, reason="the caller named the model", chosen_by="caller")
+        if decision.arm.adapter is None:
+            return decision, None
+        version = await self._version(decision.arm.adapter)
+        return dataclasses.replace(decision, adapter=version.id), version
+
+    async def _version(self, spec: str) -> AdapterVersion:
+        version = self.store.resolve(spec)
+        if version.state == "rejected":
+            raise ModelNotFound(f"{version.id} was refused and is not served: {version.reason}", param="model")
+        if version.state == "retired":
+            raise ModelNotFound(f"{version.id} is retired; use another version of it.", param="model")
+        if version.ref.engine_name not in await self.engine.loaded():
+            version = await self.loader.load_now(version.id)
+        return version
+
+    def resolve(self, model: str) -> Arm | None:
+        """The arm a `model` names; None for `auto`. Raises ModelNotFound, never falls back."""
+        name = model.removeprefix("hybrid/")
+        if name == "auto":
+            return None
+        if name in ("base", self.engine.status().model):
+            return Arm("base")
+        if name.startswith("base:"):
+            return self._adapter_arm(name.removeprefix("base:"))
+        try:
+            arm = Arm.parse(name)
+        except ValueError:
+            return self._adapter_arm(name)
+        return self._checked(arm, model)
+
+    def _adapter_arm(self, spec: str) -> Arm:
+        self.store.resolve(spec)
+        return Arm("adapter", (spec,))
+
+    def _checked(self, arm: Arm, model: str) -> Arm:
+        """The arm, once its strategy, adapter, corpus and task are known to exist."""
+        if arm.strategy not in STRATEGIES:
+            raise ModelNotFound(f"The strategy of {model[:80]!r} is not served here.", param="model")
+        if arm.strategy in ("adapter", "adapter+rag") and not arm.adapter:
+            raise ModelNotFound(f"{model[:80]!r} names no adapter; write {arm.strategy}:NAME.", param="model")
+        limit = {"base": 0, "prompt": 0, "adapter+rag": 2}.get(arm.strategy, 1)
+        if len(arm.args) > limit:
+            raise ModelNotFound(f"{model[:80]!r} has more parts than {arm.strategy} takes.", param="model")
+        if arm.adapter:
+            self.store.resolve(arm.adapter)
+        corpus = arm.args[-1] if len(arm.args) == (2 if arm.adapter else 1) and "rag" in arm.strategy else None
+        if "rag" in arm.strategy:
+            self._check_corpus(corpus)
+        if arm.strategy == "few_shot" and arm.args:
+            self.shelves.get(arm.args[0])
+        return arm
+
+    def _check_corpus(self, corpus: str | None) -> None:
+        names = self.library.names()
+        if (corpus and corpus not in names) or not names:
+            known = ", ".join(names) or "none yet: `hybrid index DIR --name NAME` makes one"
+            raise ModelNotFound(f"There is no such corpus as {str(corpus)[:80]!r}. Known: {known}.", param="model")
+
+    def _allowed(self, arm: Arm, request: Request) -> bool:
+        return request.knobs.arms is None or str(arm) in request.knobs.arms
+
+    def _salt(self, caller: str) -> str:
+        """One prefix-cache compartment a tenant: timing must not tell one tenant what another asked."""
+        return hmac.new(self._secret, caller.encode(), hashlib.sha256).hexdigest()[:32]
+
+    @contextlib.contextmanager
+    def _using(self, version: AdapterVersion | None) -> Iterator[None]:
+        if version is None:
+            yield
+            return
+        name = version.ref.engine_name
+        self._in_use[name] += 1
+        try:
+            yield
+        finally:
+            self._in_use[name] -= 1
+            if not self._in_use[name]:
+                del self._in_use[name]
+
+    def in_use(self, engine_name: str) -> int:
+        """How many answers are being made with that adapter now."""
+        return self._in_use.get(engine_name, 0)
+
+    # --- the other verbs -------------------------------------------------------------------------------------------
+
+    async def embed(self, texts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """The embedder's unit vectors, [n, d]."""
+        return await asyncio.to_thread(self.library.embedder.embed, list(texts))
+
+    def decision(self, decision_id: str, caller: str) -> dict[str, Any]:
+        """The record of a decision. Raises NotFound for one that is unknown or another caller's."""
+        record = self.journal.get(decision_id, caller)
+        if record is None:
+            raise NotFound(f"There is no decision {decision_id[:80]!r}; its id is in the header x-hybrid-decision-id.")
+        return record
+
+    def feedback(self, decision_id: str, score: float, comment: str, caller: str) -> None:
+        """Stores what a person thought of an answer, 0 to 1. Raises NotFound, BadRequest."""
+        if not 0 <= score <= 1:
+            raise BadRequest("`score` goes from 0 (useless) to 1 (right).", param="score")
+        self.decision(decision_id, caller)
+        self.journal.flush()
+        self.state.add_feedback(decision_id=decision_id, score=score, comment=comment, caller=caller)
+
+    async def load_adapter(self, name: str, path: Path | None) -> AdapterVersion:
+        """Takes an adapter through preflight and canary to its alias. Raises Refused with the reason.
+
+        With `path` the folder is copied into the store as a new version; without, `name` is a version (or the newest
+        one) that was published already.
+        """
+        if path is not None:
+            version = await asyncio.to_thread(self.store.adopt, name, path)
+            return await self.loader.load_now(version.id)
+        self.store.refresh()
+        spec = name if "@" in name else self._newest(name)
+        return await self.loader.load_now(spec)
+
+    def _newest(self, name: str) -> str:
+        versions = self.store.versions(name)
+        if not versions:
+            raise ModelNotFound(f"There is no adapter named {name[:80]!r}; train one or give `lora_path`.", param="model")
+        return versions[-1].id
+
+    async def unload_adapter(self, name: str) -> None:
+        """Retires an adapter: the version named, or the one its alias points to. Its files stay."""
+        version = self.store.resolve(name)
+        self.store.retire(version.name, version.version)
+        await self.loader.settle()
+
+    def models(self) -> list[JSON]:
+        """OpenAI model objects of everything that can be asked for."""
+        return catalog.models(self.store, self.library, self.shelves.names(), self.engine.status().model)
+
+    def status(self) -> JSON:
+        """What `/v1/status` returns."""
+        ready, phase, _ = self.ready()
+        return {
+            "status": "ready" if ready else "not ready",
+            "phase": phase,
+            "engine": catalog.engine(self.engine.status()),
+            "adapters": [catalog.adapter(v, self.store.alias(v.name)) for v in self.store.versions()],
+            "corpora": catalog.corpora(self.library),
+            "gate": {"arms": [str(arm) for arm in self.decider.gate.arms()], "version": self.decider.gate.version},
+            "jobs": self.state.jobs(),
+            "versions": catalog.versions(),
+        }
+
+    def ready(self) -> tuple[bool, str, str]:
+        """Whether an answer would work now; the phase and a detail in words."""
+        status = self.engine.status()
+        if status.ready and not self._enrolment.warm:
+            return False, "warming the gate", "reading adapters and corpora"
+        return status.ready, status.phase, status.detail
+
+    def require_ready(self) -> None:
+        """Raises NotReady with the phase while no answer would work."""
+        ok, phase, detail = self.ready()
+        if not ok:
+            raise NotReady(f"Not ready: {phase}. {detail}".strip() + " Try again shortly; /readyz tells when.")

@@ -1,0 +1,61 @@
+"""The decision log: at once in memory, behind the answer on disk.
+
+A write to SQLite with synchronous=FULL costs milliseconds that no request should wait for, so records queue and are
+stored twice a second in one transaction. The newest are found in memory until then and a while after.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import logging
+import time
+from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from hybrid.state import State
+from hybrid.types import Decision
+
+log = logging.getLogger("hybrid.journal")
+
+
+class Journal:
+    """Decisions of one server. `keep` bounds the memory."""
+
+    def __init__(self, state: State, *, keep: int = 4096, every_s: float = 0.5) -> None:
+        self._state = state
+        self._keep = keep
+        self._every_s = every_s
+        self._recent: collections.OrderedDict[str, dict[str, Any]] = collections.OrderedDict()
+        self._pending: list[dict[str, Any]] = []
+
+    def add(self, decision: Decision, caller: str) -> None:
+        """Records a decision; it can be read back at once."""
+        row = {"id": decision.id, "at": time.time(), "caller": caller, "record": decision.wire()}
+        self._recent[decision.id] = row
+        self._pending.append(row)
+        while len(self._recent) > self._keep:
+            self._recent.popitem(last=False)
+
+    def get(self, decision_id: str, caller: str) -> dict[str, Any] | None:
+        """The record of a decision this caller asked for, or None."""
+        row = self._recent.get(decision_id) or self._state.decision(decision_id)
+        return dict(row["record"]) if row and row["caller"] == caller else None
+
+    async def run(self) -> None:
+        """Stores what is pending, forever; what is left is stored when the task is cancelled."""
+        try:
+            while True:
+                await asyncio.sleep(self._every_s)
+                await asyncio.to_thread(self.flush)
+        finally:
+            self.flush()
+
+    def flush(self) -> None:
+        """Stores what is pending now. A full disk costs the record, never the answer."""
+        rows, self._pending = self._pending, []
+        try:
+            self._state.add_decisions(rows)
+        except SQLAlchemyError:
+            log.exception("%d decisions could not be stored; check the disk that holds .hybrid/", len(rows))

@@ -1,0 +1,112 @@
+"""The verbs of `Tools`, bound to one request: the only place where a strategy's words become calls."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
+
+from hybrid.engine import Engine
+from hybrid.knowledge.examples import Shelf
+from hybrid.knowledge.search import Library
+from hybrid.settings import Settings
+from hybrid.types import Message, Passage, Request, Token, Usage
+
+
+class Bound:
+    """`Tools` for one request. `adapters` maps the names a strategy may say to the engine's immutable names."""
+
+    def __init__(
+        self,
+        request: Request,
+        *,
+        settings: Settings,
+        engine: Engine,
+        library: Library,
+        shelves: Callable[[str | None], Sequence[Shelf]],
+        count_tokens: Callable[[str], int],
+        adapters: Mapping[str, str],
+        cache_salt: str,
+    ) -> None:
+        self.usage = Usage()
+        self._request = request
+        self._settings = settings
+        self._engine = engine
+        self._library = library
+        self._shelves = shelves
+        self._count_tokens = count_tokens
+        self._adapters = adapters
+        self._cache_salt = cache_salt
+        self._open: list[AsyncIterator[Token]] = []
+
+    @property
+    def top_k(self) -> int:
+        return self._settings.retrieval.top_k
+
+    @property
+    def few_shot_k(self) -> int:
+        return self._settings.gate.few_shot_k
+
+    @property
+    def system_prompt(self) -> str:
+        return self._settings.system_prompt
+
+    def generate(
+        self, messages: Sequence[Message] | None = None, *, prompt: Any = None, adapter: str | None = None
+    ) -> AsyncIterator[Token]:
+        stream = self._generate(messages, prompt, adapter)
+        self._open.append(stream)
+        return stream
+
+    async def _generate(
+        self, messages: Sequence[Message] | None, prompt: Any, adapter: str | None
+    ) -> AsyncIterator[Token]:
+        tokens = self._engine.generate(
+            messages,
+            prompt=prompt,
+            adapter=self._adapters[adapter] if adapter else None,
+            sampling=self._request.sampling,
+            stream=self._request.stream,
+            request_id=self._request.id,
+            cache_salt=self._cache_salt,
+        )
+        self._open.append(tokens)
+        usage = Usage(calls=1)
+        try:
+            async for token in tokens:
+                if token.usage is not None:
+                    usage = Usage(token.usage.prompt_tokens, token.usage.completion_tokens, 1)
+                yield token
+        finally:
+            self.usage += usage
+
+    async def search(self, corpus: str | None, query: str, k: int) -> tuple[Passage, ...]:
+        return await asyncio.to_thread(self._library.search, corpus, query, k)
+
+    async def examples(self, task: str | None, query: str, k: int) -> tuple[tuple[str, str], ...]:
+        shelves = self._shelves(task)
+
+        def nearest() -> tuple[tuple[str, str], ...]:
+            vector = self._library.embedder.embed_query(query)
+            hits = [hit for shelf in shelves for hit in shelf.nearest(vector, k)]
+            best = sorted(hits, key=lambda hit: hit[2], reverse=True)[:k]
+            return tuple((message, answer) for message, answer, _ in reversed(best))
+
+        return await asyncio.to_thread(nearest)
+
+    def fit(self, passages: Sequence[Passage]) -> tuple[Passage, ...]:
+        left = self._settings.retrieval.passage_budget_tokens
+        kept: list[Passage] = []
+        for passage in passages:
+            left -= self._count_tokens(f"{passage.title}: {passage.text}")
+            if left < 0 and kept:
+                break
+            kept.append(passage)
+        return tuple(kept)
+
+    async def aclose(self) -> None:
+        """Ends every engine call that is still open: a client that left must not keep the engine working."""
+        for stream in reversed(self._open):
+            close = getattr(stream, "aclose", None)
+            if close is not None:
+                await close()
