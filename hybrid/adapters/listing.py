@@ -1,0 +1,128 @@
+"""What the room `adapters/` holds, as readers see it: one immutable listing of versions and aliases."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hybrid.adapters.preflight import read_card
+from hybrid.engine import AdapterRef
+from hybrid.errors import ModelNotFound, Refused
+from hybrid.rooms import CARD, check_name
+
+#: not yet decided; a crash in the middle leaves one of these, and the checks start again
+PENDING = ("staged", "preflight", "loaded", "canary")
+#: passed every check and may answer
+SERVABLE = ("candidate", "live", "draining")
+
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterVersion:
+    """One published version: what it is (`ref`, `card`), where it is in its life (`state`) and why (`reason`)."""
+
+    ref: AdapterRef
+    card: Mapping[str, Any]
+    state: str
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.ref.name
+
+    @property
+    def version(self) -> int:
+        return self.ref.version
+
+    @property
+    def id(self) -> str:
+        """`name@version`."""
+        return self.ref.id
+
+    @property
+    def created(self) -> float:
+        """Seconds since the epoch, as the card says."""
+        value = self.card.get("created")
+        return float(value) if isinstance(value, int | float) else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """What a bare name means, and how often that has changed."""
+
+    version: int
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Every published version by name and number, and the aliases; replaced whole, never changed."""
+
+    versions: Mapping[str, Mapping[int, AdapterVersion]] = field(default_factory=dict)
+    aliases: Mapping[str, Alias] = field(default_factory=dict)
+
+    def resolve(self, spec: str) -> AdapterVersion:
+        """The version that `name` or `name@3` means, in whatever state. Raises ModelNotFound."""
+        name, at, number = spec.partition("@")
+        numbered = self.versions.get(name, {})
+        if not numbered:
+            raise ModelNotFound(f"There is no adapter {spec[:80]!r}; /v1/models lists what there is.", param="model")
+        if not at:
+            alias = self.aliases.get(name)
+            if alias is None or alias.version not in numbered:
+                raise ModelNotFound(f"No version of {name!r} has passed its checks yet; see /v1/status.", param="model")
+            return numbered[alias.version]
+        if not _VERSION.fullmatch(number) or int(number) not in numbered:
+            raise ModelNotFound(f"{name!r} has no version {number[:20]!r}; see /v1/status.", param="model")
+        return numbered[int(number)]
+
+
+def names_in(room: Path) -> list[str]:
+    """The folders of the room whose names can name an adapter."""
+    if not room.is_dir():
+        return []
+    with os.scandir(room) as entries:
+        return [e.name for e in entries if e.is_dir(follow_symlinks=False) and _is_name(e.name)]
+
+
+def numbers_in(folder: Path) -> list[int]:
+    """The numbered folders of one name, published or not."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return [int(e.name) for e in entries if _VERSION.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+
+
+def published_in(room: Path) -> list[tuple[str, int]]:
+    """(name, version) of every folder of the room that has its card."""
+    return [
+        (name, number)
+        for name in names_in(room)
+        for number in numbers_in(room / name)
+        if (room / name / str(number) / CARD).is_file()
+    ]
+
+
+def open_version(room: Path, name: str, number: int) -> AdapterVersion:
+    """A published folder, as it is seen first: "staged", or "rejected" with the reason when its card is unusable."""
+    path = room / name / str(number)
+    try:
+        card = read_card(path)
+        sha256 = card.get("sha256")
+        if (card.get("name"), card.get("version")) != (name, number) or not isinstance(sha256, str):
+            raise Refused(f"{CARD} does not describe {name}@{number}; publish the adapter through hybrid.")
+    except Refused as refusal:
+        return AdapterVersion(AdapterRef(name, number, "", path), {}, "rejected", refusal.message)
+    return AdapterVersion(AdapterRef(name, number, sha256, path), card, "staged")
+
+
+def _is_name(name: str) -> bool:
+    try:
+        return check_name(name) == name
+    except Refused:
+        return False
