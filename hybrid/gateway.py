@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import hmac
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class Gateway:
 
     # --- answering -------------------------------------------------------------------------------------------------
 
-    async def answer(self, request: Request) -> AsyncIterator[Event]:
+    async def answer(self, request: Request) -> AsyncGenerator[Event]:
         """Yields Decided, then what the strategy yields, then Finished or Failed.
 
         Raises before the first event what can be known before work starts (ModelNotFound, NotReady); a failure after
@@ -255,7 +255,7 @@ class Gateway:
             "engine": catalog.engine(self.engine.status()),
             "adapters": [catalog.adapter(v, self.store.alias(v.name)) for v in self.store.versions()],
             "corpora": catalog.corpora(self.library),
-            "gate": {"arms": [str(arm) for arm in self.decider.gate.arms()], "version": self.decider.gate.version},
+            "gate": {"arms": [str(arm) for arm in self.decider.gate.arms()], "generation": self._enrolment.generation},
             "jobs": self.state.jobs(),
             "versions": catalog.versions(),
         }

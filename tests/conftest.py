@@ -1,0 +1,104 @@
+"""What the whole run shares: the data folder, the models, and one real engine behind one real server."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The real tasks, read where they lie (HYBRID_DATA)."""
+    folder = Path(os.environ.get("HYBRID_DATA") or ROOT.parent / "shared" / "data").resolve()
+    assert folder.is_dir(), f"{folder} is missing: set HYBRID_DATA to the folder of task folders"
+    return folder
+
+
+@dataclass
+class Served:
+    """A server process with its home."""
+
+    url: str
+    home: Path
+    process: subprocess.Popen[bytes]
+
+    def get(self, path: str) -> dict:
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            return json.load(answer)
+
+    def hybrid(self, *args: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:
+        """Runs a command in this home and returns what it said; a failure shows its words."""
+        return hybrid(self.home, *args, timeout=timeout)
+
+
+def hybrid(home: Path, *args: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:
+    """Runs `hybrid …` in a home."""
+    done = subprocess.run(
+        [sys.executable, "-m", "hybrid.cli", *args],
+        env={**os.environ, "HYBRID_HOME": str(home), "NO_COLOR": "1"},
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, (
+        f"hybrid {' '.join(args)} → {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    )
+    return done
+
+
+def start_server(home: Path, *flags: str, timeout_s: float = 300) -> Served:
+    """Starts `hybrid serve` in a home on a free port and waits until it is ready."""
+    log = (home / "serve.log").open("wb")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hybrid.cli", "serve", "--port", "0", *flags],
+        env={**os.environ, "HYBRID_HOME": str(home), "NO_COLOR": "1"},
+        cwd=home,
+        stdout=log,
+        stderr=log,
+    )
+    server_file = home / ".hybrid" / "server.json"
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        assert process.poll() is None, (home / "serve.log").read_text()[-4000:]
+        try:
+            url = json.loads(server_file.read_text())["url"]
+            with urllib.request.urlopen(url + "/readyz", timeout=5):
+                return Served(url, home, process)
+        except (OSError, ValueError, KeyError):
+            time.sleep(0.3)
+    process.kill()
+    raise AssertionError(f"not ready after {timeout_s:.0f} s:\n" + (home / "serve.log").read_text()[-4000:])
+
+
+def stop_server(served: Served) -> int:
+    """Stops a server as a supervisor would, and returns its exit code."""
+    served.process.terminate()
+    return served.process.wait(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The whole product on real vLLM with the real models: one engine for the whole run."""
+    home = tmp_path_factory.mktemp("real-home")
+    served = start_server(home, "--no-quickstart")
+    yield served
+    assert stop_server(served) == 0
+
+
+@pytest.fixture(scope="session")
+def server_url(real_server: Served) -> str:
+    """Where the README's snippets are sent."""
+    return real_server.url

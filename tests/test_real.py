@@ -1,0 +1,150 @@
+"""The product on real input: real vLLM, the real model, real tasks, through the official client.
+
+A corpus is indexed, two adapters are trained and hot-loaded into the running server, and `auto` finds the right arm.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import openai
+import pytest
+from conftest import Served
+
+pytestmark = pytest.mark.vllm
+
+PASSAGES = 1200
+ROWS = 500
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write(path: Path, items: list[dict]) -> None:
+    path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+
+
+def slice_task(source: Path, target: Path, train: int, dev: int) -> None:
+    """A smaller copy of a task folder, without its test split: training must not even see it."""
+    target.mkdir(parents=True)
+    (target / "task.json").write_text((source / "task.json").read_text())
+    write(target / "train.jsonl", random.Random(0).sample(rows(source / "train.jsonl"), train))
+    write(target / "dev.jsonl", rows(source / "dev.jsonl")[:dev])
+
+
+def ask(client: openai.OpenAI, text: str, model: str = "auto", **more):
+    raw = client.chat.completions.with_raw_response.create(
+        model=model, messages=[{"role": "user", "content": text}], max_tokens=64, temperature=0, **more
+    )
+    return raw.headers["x-hybrid-selected-arm"], raw.parse().choices[0].message
+
+
+@pytest.fixture(scope="module")
+def client(real_server: Served) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{real_server.url}/v1", api_key="none", timeout=120)
+
+
+@pytest.fixture(scope="module")
+def home(real_server: Served, data: Path) -> Served:
+    """A home with a corpus and two adapters, all published while the server runs."""
+    work = real_server.home / "slices"
+    facts = work / "facts"
+    facts.mkdir(parents=True)
+    questions = rows(data / "rag_nq" / "test.jsonl")[:40]
+    gold = {p for q in questions for p in q["meta"]["gold_passages"]}
+    corpus = rows(data / "rag_nq" / "corpus.jsonl")
+    rest = random.Random(1).sample([p for p in corpus if p["id"] not in gold], PASSAGES - len(gold))
+    write(facts / "corpus.jsonl", [p for p in corpus if p["id"] in gold] + rest)
+    report = json.loads(real_server.hybrid("index", str(facts), "--name", "facts", "--json").stdout)
+    assert report["passages"] > 0.9 * PASSAGES
+    for source, name in (("intent_banking77", "bank"), ("slots_snips", "voice")):
+        slice_task(data / source, work / name, ROWS, 60)
+        done = real_server.hybrid("train", str(work / name), "--name", name, "--set", "epochs=2", "--json")
+        last = json.loads(done.stdout.splitlines()[-1])
+        assert (last["adapter"], last["version"], last["promoted"]) == (name, 1, True)
+    return real_server
+
+
+def test_published_adapters_are_models_at_once(home: Served, client: openai.OpenAI) -> None:
+    names = {model.id for model in client.models.list()}
+    assert {"auto", "base", "prompt", "rag:facts", "bank", "bank@1", "voice", "few_shot:bank"} <= names
+
+
+@pytest.mark.parametrize(("source", "arms"), [
+    ("intent_banking77", {"adapter:bank"}),
+    ("slots_snips", {"adapter:voice"}),
+    ("rag_nq", {"rag:facts"}),
+])  # fmt: skip
+def test_auto_takes_the_arm_of_the_task(
+    home: Served, client: openai.OpenAI, data: Path, source: str, arms: set[str]
+) -> None:
+    instruction = json.loads((data / source / "task.json").read_text())["instruction"]
+    questions = rows(data / source / "test.jsonl")[:40]
+    chosen = [
+        client.post("/route", cast_to=object, body={"model": "auto", "messages": [{"role": "user", "content": text}]})
+        for question in questions
+        for text in (f"{instruction}\n\n{question['input']}",)
+    ]
+    taken = [answer["decision"]["arm"] for answer in chosen]  # type: ignore[index]
+    assert sum(arm in arms for arm in taken) >= 0.9 * len(taken), taken
+
+
+def test_a_bank_message_gets_its_label(home: Served, client: openai.OpenAI, data: Path) -> None:
+    task = json.loads((data / "intent_banking77" / "task.json").read_text())
+    right = 0
+    for row in rows(data / "intent_banking77" / "test.jsonl")[:20]:
+        arm, message = ask(client, f"{task['instruction']}\n\n{row['input']}")
+        if arm == "adapter:bank":
+            assert message.content
+            right += message.content.strip() == row["reference"]
+    assert right >= 8  # 77 labels; chance is a quarter of one
+
+
+def test_a_voice_command_gets_its_json(home: Served, client: openai.OpenAI, data: Path) -> None:
+    task = json.loads((data / "slots_snips" / "task.json").read_text())
+    valid = 0
+    for row in rows(data / "slots_snips" / "test.jsonl")[:10]:
+        arm, message = ask(client, f"{task['instruction']}\n\n{row['input']}")
+        assert arm == "adapter:voice"
+        try:
+            valid += json.loads(message.content or "")["intent"] == json.loads(row["reference"])["intent"]
+        except (ValueError, KeyError, TypeError):
+            continue
+    assert valid >= 7
+
+
+def test_a_factual_question_is_answered_from_the_corpus_with_the_passage_cited(
+    home: Served, client: openai.OpenAI, data: Path
+) -> None:
+    instruction = json.loads((data / "rag_nq" / "task.json").read_text())["instruction"]
+    cited = 0
+    questions = rows(data / "rag_nq" / "test.jsonl")[:10]
+    for row in questions:
+        _, message = ask(client, f"{instruction}\n\n{row['input']}", model="rag:facts")
+        ids = {
+            a["file_citation"]["filename"]
+            for a in (message.model_extra or {}).get("annotations") or message.annotations
+        }
+        cited += bool(ids & set(row["meta"]["gold_passages"]))
+    assert cited >= 8
+
+
+@pytest.mark.parametrize("text", ["hi there!", "Thanks a lot, have a nice day", "Tell me a joke about cats."])
+def test_small_talk_goes_to_prompt(home: Served, client: openai.OpenAI, text: str) -> None:
+    arm, message = ask(client, text)
+    assert arm == "prompt"
+    assert message.content
+
+
+def test_few_shot_shows_the_nearest_examples(home: Served, client: openai.OpenAI) -> None:
+    arm, _ = ask(client, "I still have not received my new card", model="few_shot:bank")
+    assert arm == "few_shot:bank"
+
+
+def test_adapter_with_passages(home: Served, client: openai.OpenAI) -> None:
+    arm, message = ask(client, "who wrote the song?", model="adapter+rag:voice:facts")
+    assert arm == "adapter+rag:voice:facts"
+    assert message.content is not None
