@@ -15,6 +15,8 @@ from safetensors.numpy import save_file
 
 from hybrid.adapters.preflight import BaseFacts, check, read_base
 from hybrid.errors import Refused, SetupError
+from hybrid.models import materialise
+from hybrid.settings import DEFAULT_MODEL, Settings
 
 WEIGHTS = "adapter_model.safetensors"
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -53,7 +55,8 @@ def test_valid_adapter_passes(tmp_path, base, dtype):
 def test_harmless_settings_pass(tmp_path, base):
     harmless = {
         "use_rslora": True, "init_lora_weights": "gaussian", "runtime_config": {"ephemeral_gpu_offload": False},
-        "peft_version": "0.21.0", "megatron_core": "megatron.core", "some_new_switch": False, "target_modules": ".*proj",
+        "peft_version": "0.21.0", "megatron_core": "megatron.core", "some_new_switch": False,
+        "target_modules": ".*proj",
     }  # fmt: skip
     check(make_adapter(tmp_path / "a", base, **harmless), base, 32)
 
@@ -280,3 +283,12 @@ def test_weights_changed_after_publication(tmp_path, base):
     folder = make_adapter(tmp_path / "a", base)
     (folder / "card.json").write_text(json.dumps({"base_sha256": BASE_SHA, "sha256": "0" * 64}))
     assert "not the file its card was written for" in refusal(folder, base)
+
+
+def test_the_default_model_is_read_and_takes_an_adapter(tmp_path):
+    model = materialise(DEFAULT_MODEL, Settings.load().cache)
+    base = read_base(model.path, model.sha256)
+    assert len(base.shapes) == 30 * len(LINEAR)
+    check(make_adapter(tmp_path / "a", base, rank=8), base, 32)
+    strange = make_base(tmp_path / "strange", prefix="language_model.model.")
+    assert "another architecture" in refusal(make_adapter(tmp_path / "b", strange), base)

@@ -59,7 +59,7 @@ async def canary(engine: Engine, ref: AdapterRef, recording: Recording | None = 
     score = _score_prompt
     try:
         base = [await score(engine, text, None) for text in PROMPTS]
-    except (EngineRejected, NotFound):
+    except (EngineError, NotFound):
         score, recording = _score_answer, None
         try:
             base = [await score(engine, text, None) for text in PROMPTS]

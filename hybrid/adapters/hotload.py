@@ -158,7 +158,11 @@ class HotLoader:
         async with self._preflights:
             await asyncio.to_thread(check, version.ref.path, self._base, self._max_rank)
         recording = Recording.of(version.card)
-        await self._engine.load(version.ref)
+        try:
+            await self._engine.load(version.ref)
+        except Refused:
+            await self._engine.loaded()  # raises when the engine is gone: then the refusal says nothing of the adapter
+            raise
         await self._mark(version, "loaded")
         await self._mark(version, "canary")
         return await canary(self._engine, version.ref, recording)

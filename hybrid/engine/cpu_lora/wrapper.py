@@ -103,6 +103,14 @@ class PackedLoRA(PunicaWrapperCPU):  # type: ignore[misc]
             if packed is not None:
                 _apply(y, x, packed, group, scale)
 
+    def add_lora_logits(self, *args: Any, **kwargs: Any) -> None:
+        """Leaves the logits as they are: an adapter that touches the output head does not pass preflight.
+
+        vLLM's own gathers the head's matrices for every row, adapter or not. It also counts one row a sequence, while
+        the log-probabilities of a prompt have one a token: asked for beside other requests, they end the engine
+        (vllm-project/vllm#16668).
+        """
+
 
 def _apply(y: torch.Tensor, x: torch.Tensor, packed: Pack, group: Group, scale: float) -> None:
     rows = group.rows
