@@ -14,6 +14,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from hybrid.adapters.canary import Recording, canary
@@ -60,7 +62,7 @@ class HotLoader:
         self._not_before: dict[str, float] = {}
         self._deciding = asyncio.Lock()
         self._preflights = asyncio.Semaphore(PREFLIGHTS)
-        self._served: frozenset[tuple[str, int | None]] = frozenset()
+        self._served: frozenset[tuple[str, int]] = frozenset()
 
     async def run(self) -> None:
         """Reconciles for ever; cancelling it ends the flights too."""
@@ -116,6 +118,15 @@ class HotLoader:
         self._start(version.id, self._admit(version) if pending else self._reload(version))
         # the flight goes on for the others when this caller is cancelled
         return await asyncio.shield(self._flights[version.id])
+
+    async def adopt(self, name: str, folder: Path) -> AdapterVersion:
+        """Takes a stranger's PEFT folder in as a new version of `name`, and goes on as `load_now`.
+
+        Preflight looks before the version exists, so a refused folder leaves nothing behind. Raises the same errors.
+        """
+        inspect = partial(check, base=self._base, max_rank=self._max_rank)
+        version = await asyncio.to_thread(self._store.adopt, name, folder, inspect)
+        return await self.load_now(version.id)
 
     def _is_due(self, id: str) -> bool:
         """Whether to start now: one that failed before waits, and flies alone, so that no other gets the blame."""
@@ -228,7 +239,7 @@ class HotLoader:
 
     async def _announce(self) -> None:
         """Tells the gate when the names or what they mean have changed, whoever changed them."""
-        served = frozenset((name, self._store.alias(name)) for name in self._store.names())
+        served = frozenset((name, live) for name in self._store.names() if (live := self._store.alias(name)))
         if served == self._served:
             return
         self._served = served

@@ -69,6 +69,13 @@ def read_base(folder: Path, sha256: str = "") -> BaseFacts:
 
 def check(folder: Path, base: BaseFacts, max_rank: int) -> None:
     """Raises Refused, with the reason and what to do, unless the adapter in `folder` fits `base` and is sound."""
+    try:
+        _check(folder, base, max_rank)
+    except OSError as error:
+        raise Refused(f"the adapter cannot be read ({error.strerror}); check its files and permissions.") from error
+
+
+def _check(folder: Path, base: BaseFacts, max_rank: int) -> None:
     check_files(folder)
     config = lora_config.read(folder, max_rank)
     weights = folder / WEIGHTS
