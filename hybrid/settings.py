@@ -57,6 +57,7 @@ class EngineSettings(_Section):
     start_timeout_s: float = 900.0
     first_byte_timeout_s: float = 120.0
     idle_timeout_s: float = 60.0
+    answer_timeout_s: float = Field(600.0, description="a whole answer, where it is not streamed")
     probe_every_s: float = Field(10.0, description="a one-token answer is asked of an idle engine this often")
     probe_timeout_s: float = 20.0
     probe_failures: int = 3
@@ -157,4 +158,5 @@ OFFLINE = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
 }

@@ -1,0 +1,174 @@
+"""The client: an `Engine` over HTTP, for whatever speaks vLLM's dialect on a UNIX socket or at a URL.
+
+It never retries once a byte was sent, and aborts a request by closing its connection. It knows nothing of processes
+and readiness: `supervisor.py` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from aiohttp import ClientResponse
+
+from hybrid.engine import AdapterRef, EngineStatus
+from hybrid.engine.transport import Transport, within
+from hybrid.engine.wire import COMPLETIONS, read_body, read_cards, read_chunk, read_events, read_logprobs, request_body
+from hybrid.errors import EngineError, EngineRejected, EngineTimeout, NotReady, Refused
+from hybrid.settings import EngineSettings
+from hybrid.types import JSON, Message, Token
+
+#: seconds for what is not generation: an adapter's load, log-probabilities of a prompt
+CONTROL_TIMEOUT_S = 120.0
+LIST_TIMEOUT_S = 10.0
+
+_Ask = Callable[[], tuple[str, JSON]]
+
+
+class VllmEngine:
+    """`Engine` over HTTP. `address` is `unix:/path/to.sock` or `http://host:port[/v1]`; `model` the served base."""
+
+    def __init__(self, address: str, settings: EngineSettings, model: str = "") -> None:
+        self.model = model
+        self.max_model_len = settings.max_model_len
+        #: `time.monotonic()` when the engine last computed something for us, 0 before that
+        self.heard = 0.0
+        self._settings = settings
+        self._http = Transport(address)
+        self._loading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    def generate(
+        self,
+        messages: Sequence[Message] | None = None,
+        *,
+        prompt: Any = None,
+        adapter: str | None = None,
+        sampling: Mapping[str, Any] | None = None,
+        stream: bool = True,
+        request_id: str = "",
+        cache_salt: str = "",
+    ) -> AsyncIterator[Token]:
+        """See `Engine.generate`."""
+        ask = partial(request_body, adapter or self.model, messages, prompt, sampling or {}, stream, cache_salt)
+        headers = {"X-Request-Id": request_id} if request_id else {}
+        return self._stream(ask, headers) if stream else self._whole(ask, headers)
+
+    async def _whole(self, ask: _Ask, headers: Mapping[str, str]) -> AsyncIterator[Token]:
+        path, body = ask()
+        data = await self._http.post(path, body, headers, timeout_s=self._settings.answer_timeout_s)
+        self.heard = time.monotonic()
+        yield read_body(data)
+
+    async def _stream(self, ask: _Ask, headers: Mapping[str, str]) -> AsyncIterator[Token]:
+        path, body = ask()
+        wait = self._settings.first_byte_timeout_s
+        async with self._http.send("POST", path, body, headers, timeout_s=wait) as response:
+            buffer = bytearray()
+            while True:
+                async with within(wait, "The engine stopped answering."):
+                    piece = await response.content.readany()
+                if not piece:
+                    raise EngineError("The engine broke off before the answer was complete. Ask again.")
+                self.heard = time.monotonic()
+                wait = self._settings.idle_timeout_s
+                buffer += piece
+                for data in read_events(buffer):
+                    if data == b"[DONE]":
+                        await _drain(response)
+                        return
+                    for token in read_chunk(data):
+                        yield token
+
+    async def load(self, adapter: AdapterRef) -> None:
+        """See `Engine.load`. One load a name at a time; never in place."""
+        name = adapter.engine_name
+        async with self._loading[name]:
+            if name in await self.loaded():
+                return
+            body = {"lora_name": name, "lora_path": str(adapter.path.resolve())}
+            try:
+                await self._http.post("/v1/load_lora_adapter", body, timeout_s=CONTROL_TIMEOUT_S)
+            except EngineError as error:
+                if "already been loaded" not in error.message:
+                    raise Refused(f"The engine will not load {adapter.id}: {error.message}") from error
+
+    async def unload(self, engine_name: str) -> None:
+        """See `Engine.unload`."""
+        try:
+            await self._http.post("/v1/unload_lora_adapter", {"lora_name": engine_name}, timeout_s=CONTROL_TIMEOUT_S)
+        except EngineRejected as error:
+            if error.status != 404:
+                raise
+
+    async def loaded(self) -> frozenset[str]:
+        """See `Engine.loaded`."""
+        return frozenset(card["id"] for card in await self._cards() if card.get("parent"))
+
+    async def discover(self) -> None:
+        """Learns the base model's name and context length from the server. Raises EngineError, NotReady."""
+        base = next((card for card in await self._cards() if not card.get("parent")), None)
+        if base is None:
+            raise EngineError("The engine lists no base model at /v1/models.")
+        self.model = str(base["id"])
+        self.max_model_len = base.get("max_model_len") or self.max_model_len
+
+    async def prompt_logprobs(self, prompt: str, *, adapter: str | None = None) -> tuple[float, ...]:
+        """See `Engine.prompt_logprobs`. Natural logarithms, NaN where the weights are broken."""
+        body = {
+            "model": adapter or self.model,
+            "prompt": prompt,
+            "prompt_logprobs": 0,
+            "max_tokens": 1,
+            "temperature": 0,
+        }
+        return read_logprobs(await self._http.post(COMPLETIONS, body, timeout_s=CONTROL_TIMEOUT_S))
+
+    async def healthy(self) -> bool:
+        """Whether the server answers `/health` well. A hung engine does: `probe` is the real question."""
+        try:
+            async with self._http.send("GET", "/health", timeout_s=LIST_TIMEOUT_S):
+                return True
+        except EngineRejected as error:
+            return error.status == 404  # a server without that route
+        except (EngineError, EngineTimeout, NotReady):
+            return False
+
+    async def probe(self, timeout_s: float) -> None:
+        """Asks for one token, which only an engine that computes can give. Raises what went wrong."""
+        async with within(timeout_s, "The engine gives no token."):
+            try:
+                await self._one_token([Message("user", "Hi")], None)
+            except EngineRejected:  # a base model without a chat template
+                await self._one_token(None, "Hi")
+
+    def status(self) -> EngineStatus:
+        """What the client knows by itself: whether the engine has ever answered."""
+        phase = "ready" if self.heard else "not asked yet"
+        return EngineStatus(self.heard > 0, phase, model=self.model, max_model_len=self.max_model_len)
+
+    async def close(self) -> None:
+        """Closes the connections; requests in flight are aborted."""
+        await self._http.close()
+
+    async def _cards(self) -> list[JSON]:
+        async with (
+            within(LIST_TIMEOUT_S, "The engine does not list its models."),
+            self._http.send("GET", "/v1/models", timeout_s=LIST_TIMEOUT_S) as response,
+        ):
+            return read_cards(await response.read())
+
+    async def _one_token(self, messages: Sequence[Message] | None, prompt: str | None) -> None:
+        async for _ in self.generate(messages, prompt=prompt, sampling={"max_tokens": 1}, stream=False):
+            pass
+
+
+async def _drain(response: ClientResponse) -> None:
+    """Reads the end of a stream that has said everything, so that closing it does not look like an abort."""
+    with contextlib.suppress(EngineTimeout):
+        async with within(1.0, "The engine does not hang up."):
+            await response.content.read()
