@@ -1,0 +1,55 @@
+"""What every route shares: the gateway, the settings, the instruments and whether the server is leaving."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from hybrid.gateway import Gateway
+from hybrid.server.metrics import Metrics
+from hybrid.settings import Settings
+
+
+class Traffic:
+    """The API requests of the moment. `draining` is set once, when the server is told to stop."""
+
+    def __init__(self) -> None:
+        self.inflight = 0
+        self.draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def count(self, change: int) -> None:
+        """One more, or one less."""
+        self.inflight += change
+        if self.inflight:
+            self._idle.clear()
+        else:
+            self._idle.set()
+
+    async def idle(self) -> None:
+        """Waits until no request is in flight."""
+        await self._idle.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class House:
+    """Put on `app.state.house` by `create_app`."""
+
+    gateway: Gateway
+    settings: Settings
+    metrics: Metrics
+    traffic: Traffic
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together that the model can hold."""
+        return self.gateway.engine.status().max_model_len or self.settings.engine.max_model_len
+
+
+def house(request: Request) -> House:
+    """The house a request came to."""
+    found: House = request.app.state.house
+    return found

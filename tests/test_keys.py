@@ -1,0 +1,78 @@
+"""API keys: shown once, stored hashed, compared in constant time."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from hybrid.errors import BadRequest, NotFound, Unauthorized
+from hybrid.keys import Keys
+from hybrid.server.access import Access
+from hybrid.state import State
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    return Keys(State(tmp_path / "state.db"))
+
+
+def test_S2_a_key_is_stored_as_its_hash_and_never_shown_again(keys: Keys, tmp_path: Path) -> None:
+    made = keys.create("alice")
+    assert made["key"].encode() not in b"".join(p.read_bytes() for p in tmp_path.iterdir())
+    assert hashlib.sha256(made["key"].encode()).hexdigest().encode() in b"".join(
+        p.read_bytes() for p in tmp_path.iterdir()
+    )
+    assert set(keys.list()[0]) == {"id", "name", "scopes", "created", "revoked"}
+
+
+def test_S2_only_the_right_key_opens(keys: Keys) -> None:
+    assert keys.authenticate(None) is None  # open: none was ever made
+    made = keys.create("alice", ["use", "admin"])
+    found = keys.authenticate(made["key"])
+    assert found is not None
+    assert (found.id, found.scopes) == (made["id"], {"use", "admin"})
+    for wrong in (None, "", made["key"][:-1], made["key"] + "x", made["id"], "hyb-", "\ud800", "ключ", "' OR 1=1 --"):
+        with pytest.raises(Unauthorized) as caught:
+            keys.authenticate(wrong)
+        assert made["key"] not in caught.value.message
+
+
+def test_a_revoked_key_is_closed_for_good_and_so_is_the_door(keys: Keys) -> None:
+    made = keys.create("alice")
+    keys.revoke(made["id"])
+    keys.revoke(made["id"])
+    for secret in (made["key"], None):
+        with pytest.raises(Unauthorized):
+            keys.authenticate(secret)
+    with pytest.raises(NotFound):
+        keys.revoke("key_none")
+
+
+def test_another_process_sees_a_change_at_once(keys: Keys, tmp_path: Path) -> None:
+    other = Keys(State(tmp_path / "state.db"))
+    made = other.create("bob")
+    assert keys.authenticate(made["key"]) is not None
+    other.revoke(made["id"])
+    with pytest.raises(Unauthorized):
+        keys.authenticate(made["key"])
+
+
+@pytest.mark.parametrize(
+    ("name", "scopes"), [("", ["use"]), ("x" * 101, ["use"]), ("a\nb", ["use"]), ("a", []), ("a", ["root"])]
+)
+def test_a_key_needs_a_name_and_known_scopes(keys: Keys, name: str, scopes: list[str]) -> None:
+    with pytest.raises(BadRequest):
+        keys.create(name, scopes)
+    assert keys.list() == []
+
+
+def test_where_strangers_connect_no_key_means_closed(keys: Keys) -> None:
+    access = Access(keys, token="own", closed=True)
+    with pytest.raises(Unauthorized):
+        access.caller(None)
+    assert access.caller(b"Bearer own").admin
+    made = keys.create("alice")
+    assert access.caller(f"Bearer {made['key']}".encode()).id == made["id"]
+    assert not access.caller(f"Bearer {made['key']}".encode()).admin
