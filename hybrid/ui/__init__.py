@@ -1,1 +1,87 @@
+"""The face: a page at `/` that talks to the gateway over HTTP, as any client does, with the caller's own key."""
 
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import TYPE_CHECKING, Any
+
+from hybrid.settings import Settings, offline_environment
+from hybrid.ui.chat import Chat
+from hybrid.ui.client import Client
+from hybrid.ui.compare import Compare
+from hybrid.ui.guard import Guard
+from hybrid.ui.panels import trouble_line
+from hybrid.ui.status import Status
+from hybrid.ui.theme import CSS, TITLE, theme
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+#: streams and polls of several people at once; a stream holds one place for as long as it lasts
+CONCURRENCY = 64
+
+
+def build_ui(base_url: str | None, settings: Settings) -> Any:
+    """The page as a `gradio.Blocks`. Without `base_url` it calls the address in the settings."""
+    import gradio as gr
+
+    client = Client(base_url or f"http://{settings.server.host}:{settings.server.port}")
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
+        line = gr.HTML(trouble_line("Looking for the gateway…"), apply_default_css=False)
+        key = gr.Textbox(
+            label="API key",
+            info="Sent with every question; kept in this browser alone.",
+            type="password",
+            visible=False,
+            elem_id="hy-key",
+        )
+        with gr.Tab("Chat"):
+            chat = Chat(client, settings, key)
+        with gr.Tab("Compare"):
+            compare = Compare(client, settings, key)
+        with gr.Tab("Adapters"):
+            table = gr.HTML("", apply_default_css=False)
+        _remember(page, key)
+        Status(client, line=line, table=table, key=key, pickers=[chat.model, *compare.models]).poll(page)
+    page.queue(default_concurrency_limit=CONCURRENCY, api_open=False)
+    return page
+
+
+def mount_ui(app: FastAPI, settings: Settings, base_url: str | None = None) -> None:
+    """Puts the face at `/` of a server whose API routes are there already (the first route that matches wins).
+
+    Importing Gradio takes seconds: call this once, at start. `base_url` is where the app will answer.
+    """
+    offline_environment()
+    import gradio as gr
+
+    gr.mount_gradio_app(
+        app,
+        build_ui(base_url, settings),
+        path="/",
+        theme=theme(),
+        css=CSS,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        enable_monitoring=False,
+        show_error=False,
+        allowed_paths=[],
+        blocked_paths=[str(settings.rooms.root), str(settings.cache)],
+        max_file_size="1mb",
+    )
+    face = app.routes[-1]
+    face.app = Guard(face.app)  # type: ignore[attr-defined]
+
+
+def _remember(page: Any, key: Any) -> None:
+    """Keeps the typed key in the browser's own storage, and nowhere else."""
+    import gradio as gr
+
+    kept = gr.BrowserState("", storage_key="hybrid-key")
+    quiet: MutableMapping[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
+    page.load(lambda value: gr.Textbox(value=value, visible=bool(value)), [kept], [key], **quiet)
+    key.blur(lambda value: value, [key], [kept], **quiet)
+    key.submit(lambda value: value, [key], [kept], **quiet)

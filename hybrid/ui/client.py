@@ -1,0 +1,124 @@
+"""The face's one way to the gateway: HTTP, as any client. What a caller may not do, the face may not do for them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import aiohttp
+
+from hybrid.errors import EngineError, Forbidden, HybridError, NotReady, RateLimited, Unauthorized
+from hybrid.types import JSON
+
+#: a chunk that carries the passages is one line of a stream
+_LINE_BYTES = 4 << 20
+_SHORT = aiohttp.ClientTimeout(total=10)
+#: no limit on the whole: the gateway has its own, and says so
+_STREAM = aiohttp.ClientTimeout(total=None, sock_connect=10)
+_LEAVES: Mapping[int, type[HybridError]] = {
+    401: Unauthorized,
+    403: Forbidden,
+    429: RateLimited,
+    503: NotReady,
+}
+
+
+def caller_key(typed: str | None, authorization: str | None) -> str:
+    """The caller's own API key: the one typed into the page, or the one the browser came in with ("" without any)."""
+    if typed and typed.strip():
+        return typed.strip()
+    scheme, _, value = (authorization or "").partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip()
+    if scheme.lower() == "basic":
+        with contextlib.suppress(binascii.Error, UnicodeDecodeError):
+            return base64.b64decode(value, validate=True).decode().partition(":")[2]
+    return ""
+
+
+def key_of(request: Any, typed: str | None) -> str:
+    """The same for a `gradio.Request`."""
+    return caller_key(typed, request.headers.get("authorization") if request else None)
+
+
+class Client:
+    """Calls `base_url` (`http://host:port`). Every method takes the caller's key and raises `hybrid.errors`."""
+
+    def __init__(self, base_url: str) -> None:
+        self.base_url = base_url
+
+    async def status(self, key: str) -> JSON:
+        """`GET /v1/status`."""
+        return await self._json("GET", "/v1/status", key)
+
+    async def models(self, key: str) -> list[str]:
+        """The names that `model` may take, in the gateway's order."""
+        answer = await self._json("GET", "/v1/models", key)
+        return [str(entry["id"]) for entry in answer.get("data", [])]
+
+    async def feedback(self, key: str, decision_id: str, score: float) -> None:
+        """Says how good an answer was, 0 to 1."""
+        await self._json("POST", "/v1/feedback", key, {"decision_id": decision_id, "score": score})
+
+    @contextlib.asynccontextmanager
+    async def chat(self, key: str, body: JSON) -> AsyncIterator[tuple[Mapping[str, str], AsyncIterator[JSON]]]:
+        """A streamed chat completion: the response's headers and its chunks. Leaving the block ends the work."""
+        with _unreachable():
+            async with (
+                aiohttp.ClientSession(self.base_url, timeout=_STREAM, read_bufsize=_LINE_BYTES) as session,
+                session.post("/v1/chat/completions", json=body, headers=_headers(key)) as response,
+            ):
+                await _raise_for(response)
+                yield response.headers, _chunks(response)
+
+    async def _json(self, method: str, path: str, key: str, body: JSON | None = None) -> JSON:
+        with _unreachable():
+            async with (
+                aiohttp.ClientSession(self.base_url, timeout=_SHORT) as session,
+                session.request(method, path, json=body, headers=_headers(key)) as response,
+            ):
+                await _raise_for(response)
+                answer: JSON = await response.json(content_type=None)
+                return answer
+
+
+def _headers(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+@contextlib.contextmanager
+def _unreachable() -> Any:
+    """Turns a broken connection into a sentence."""
+    try:
+        yield
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise NotReady("The gateway does not answer. Is it stopping? Reload the page in a moment.") from error
+
+
+async def _raise_for(response: aiohttp.ClientResponse) -> None:
+    if response.status < 400:
+        return
+    try:
+        message = str(json.loads(await response.text())["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        message = f"The gateway answered {response.status}."
+    raise _LEAVES.get(response.status, HybridError)(message)
+
+
+async def _chunks(response: aiohttp.ClientResponse) -> AsyncIterator[JSON]:
+    """The data of a server-sent stream. Raises EngineError when it carries an error or breaks off."""
+    async for line in response.content:
+        if not line.startswith(b"data:"):
+            continue
+        data = line[5:].strip()
+        if data == b"[DONE]":
+            return
+        chunk: JSON = json.loads(data)
+        if error := chunk.get("error"):
+            raise EngineError(str(error.get("message", error)) if isinstance(error, dict) else str(error))
+        yield chunk
+    raise EngineError("The answer broke off before its end. Retry it.")
