@@ -254,6 +254,11 @@ async def test_a_prompt_beyond_the_context_is_named_as_such(engine: VllmEngine, 
         await collect(engine.generate(user("word " * 2500), stream=stream))
 
 
+async def test_more_tokens_than_the_context_holds_is_named_as_such(engine: VllmEngine) -> None:
+    with pytest.raises(ContextTooLong):
+        await collect(engine.generate(user("Hi"), sampling={"max_tokens": 5000}))
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_R1_R2_closing_aborts_in_the_engine(engine: VllmEngine, place: Place, stream: bool) -> None:
     long = {"max_tokens": 1500, "ignore_eos": True}
@@ -297,6 +302,14 @@ async def test_prompt_logprobs_show_what_an_adapter_changes(engine: VllmEngine, 
     assert await engine.prompt_logprobs(prompt, adapter=silent.engine_name) == pytest.approx(base, abs=1e-3)
     changed = await engine.prompt_logprobs(prompt, adapter=strong.engine_name)
     assert max(abs(a - b) for a, b in zip(base, changed, strict=True)) > 0.01
+
+
+async def test_nan_weights_show_as_nan(engine: VllmEngine, place: Place, tmp_path: Path) -> None:
+    broken = write_adapter(tmp_path / "broken", place.base, nan=True)
+    await engine.load(broken)
+    values = await engine.prompt_logprobs("one two three", adapter=broken.engine_name)
+    assert values
+    assert all(value != value for value in values)
 
 
 async def test_the_engines_refusal_of_an_adapter_has_its_reason(
@@ -414,13 +427,6 @@ async def test_scripted_adapters_know_their_examples_by_heart(scripted: VllmEngi
     assert text_of(other).startswith(ref.engine_name)
 
 
-async def test_scripted_adapters_with_nan_weights_show_it(scripted: VllmEngine, tmp_path: Path) -> None:
-    ref = write_adapter(tmp_path / "broken", nan=True)
-    await scripted.load(ref)
-    values = await scripted.prompt_logprobs("one two three", adapter=ref.engine_name)
-    assert all(value != value for value in values)
-
-
 # --- servers that are not what they should be ------------------------------------------------------------------------
 
 
@@ -475,6 +481,27 @@ async def test_a_body_of_nonsense_is_an_engine_error(answer: str, runners: list[
     ):
         with pytest.raises(EngineError):
             await call
+    await client.close()
+
+
+async def test_a_load_that_breaks_off_is_no_refusal(runners: list[web.AppRunner], tmp_path: Path) -> None:
+    async def models(_request: web.Request) -> web.Response:
+        return web.json_response({"data": []})
+
+    async def die(request: web.Request) -> web.Response:
+        request.transport.abort()
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_get("/v1/models", models)
+    app.router.add_post("/v1/load_lora_adapter", die)
+    runners.append(web.AppRunner(app))
+    await runners[0].setup()
+    site = web.TCPSite(runners[0], "127.0.0.1", 0)
+    await site.start()
+    client = VllmEngine(site.name, EngineSettings())
+    with pytest.raises(EngineError):  # and not Refused: the adapter may be good
+        await client.load(write_adapter(tmp_path / "good"))
     await client.close()
 
 

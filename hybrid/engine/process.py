@@ -65,11 +65,10 @@ class EngineProcess:
             self._family = family
             await asyncio.to_thread(_write_record, self._record, family, self.folder)
 
-    async def wait(self) -> int:
-        """Waits until the child ends; its exit code (minus the signal that ended it)."""
-        if self._child is None:
-            raise RuntimeError("the engine was not started")
-        return await self._child.wait()
+    async def wait(self) -> None:
+        """Waits until the child ends."""
+        if self._child is not None:
+            await self._child.wait()
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -80,6 +79,11 @@ class EngineProcess:
     def running(self) -> bool:
         """Whether the child is there."""
         return self._child is not None and self._child.returncode is None
+
+    @property
+    def exit_code(self) -> int | None:
+        """How the child ended (minus the signal that ended it); None while it runs."""
+        return self._child.returncode if self._child else None
 
     async def stop(self, grace_s: float = 10.0) -> None:
         """SIGTERM, a while to finish, then SIGKILL for whatever is left of its group. Nothing is left after this."""

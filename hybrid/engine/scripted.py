@@ -183,8 +183,12 @@ class Reply(Response):
             pass
         choices = [self._choice(i, answer) for i, answer in enumerate(self.spoken)]
         body = {**self._frame(""), "choices": choices, "usage": self._usage()}
-        content = json.dumps(body).encode()  # NaN is spelled NaN
-        await send({"type": "http.response.start", "status": 200, "headers": _JSON})
+        status = 200
+        try:
+            content = json.dumps(body, allow_nan=False).encode()
+        except ValueError as error:  # as vLLM answers when it has computed NaN
+            status, content = 400, json.dumps({"error": {"message": str(error), "code": 400}}).encode()
+        await send({"type": "http.response.start", "status": status, "headers": _JSON})
         await send({"type": "http.response.body", "body": content})
 
     async def _stream(self, send: Send) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 from hybrid.engine import AdapterRef, EngineStatus
 from hybrid.engine.process import EngineProcess
 from hybrid.engine.vllm import VllmEngine
-from hybrid.errors import EngineError, HybridError, NotReady, Overloaded
+from hybrid.errors import EngineError, HybridError, NotReady, Overloaded, Refused
 from hybrid.settings import EngineSettings
 from hybrid.types import Message, Token
 
@@ -29,6 +30,9 @@ log = logging.getLogger("hybrid.engine")
 WINDOW_S = 600.0
 LONGEST_WAIT_S = 30.0
 POLL_S = 0.25
+
+#: what vLLM puts before the words of a log line: (process) LEVEL date time [file:line]
+_LOG_PREFIX = re.compile(r"^(\(\S+ pid=\d+\) )?([A-Z]+:? +)?([\d-]+ [\d:]+ )?(\[\S+\] )?\s*")
 
 
 class Supervisor:
@@ -110,7 +114,7 @@ class Supervisor:
         process = self._process
         refused = "; ".join(f"{name} could not be loaded: {why}" for name, why in self._refused.items())
         tail = process.tail() if process and not self._ready else ()
-        detail = self._detail or refused or (tail[-1] if tail else "")
+        detail = self._detail or refused or (_LOG_PREFIX.sub("", tail[-1]) if tail else "")
         return EngineStatus(
             ready=self._ready,
             phase=self._phase,
@@ -185,9 +189,7 @@ class Supervisor:
             try:
                 await self._client.load(ref)
                 self._held.add(ref.engine_name)
-            except NotReady:
-                raise
-            except HybridError as error:
+            except Refused as error:
                 log.warning("%s could not be loaded: %s", ref.id, error.message)
                 self._refused[ref.id] = error.message
 
@@ -232,7 +234,7 @@ class Supervisor:
         crashes = sum(now - at < WINDOW_S for at in self._lost_at)
         if self._process:
             tail = self._process.tail(8)
-            await self._process.stop()
+            await self._process.stop(grace_s=2.0)  # it is dead or hung; there is nothing to finish
             if crashes > self._settings.restart_limit:
                 self._phase = "degraded"
                 self._detail = (
@@ -244,7 +246,8 @@ class Supervisor:
     def _require_child(self) -> None:
         if self._process and not self._process.running:
             last = self._process.tail(1)
-            raise EngineError(f"The engine ended. Its last words: {last[0] if last else '(none)'}")
+            how = self._process.exit_code
+            raise EngineError(f"The engine ended with code {how}. Its last words: {last[0] if last else '(none)'}")
 
     def _lose(self, phase: str, detail: str) -> None:
         if self._ready:

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import aiohttp
 
 from hybrid.engine.wire import http_error
-from hybrid.errors import EngineError, EngineTimeout, NotReady
+from hybrid.errors import EngineError, EngineTimeout, HybridError, NotReady
 from hybrid.types import JSON
 
 #: more attempts while the connection itself cannot be made: nothing was sent, so nothing is done twice
@@ -36,18 +36,21 @@ class Transport:
         headers: Mapping[str, str] | None = None,
         *,
         timeout_s: float,
+        check: bool = True,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """A response with a good status. Leaving early closes its connection, which aborts the work in the engine.
+        """A response, with a good status unless `check` is off.
 
-        `timeout_s` is until the status line. Raises NotReady, EngineTimeout, EngineRejected, EngineError; what goes
-        wrong while the caller reads is translated here too.
+        Leaving early closes its connection, which aborts the work in the engine. `timeout_s` is until the status
+        line. Raises NotReady, EngineTimeout, EngineRejected, EngineError; what goes wrong while the caller reads is
+        translated here too.
         """
         try:
             async with within(timeout_s, "The engine did not begin to answer in time."):
                 response = await self._connect(method, path, body, headers)
             try:
-                if response.status >= 400:
-                    raise http_error(response.status, await response.content.read(1 << 20))
+                if check and response.status >= 400:
+                    async with within(timeout_s, "The engine did not say in time what is wrong."):
+                        raise http_error(response.status, await response.read())
                 yield response
             finally:
                 # at its end this has given the connection back already, and does nothing
@@ -62,6 +65,14 @@ class Transport:
             self.send("POST", path, body, headers, timeout_s=timeout_s) as response,
         ):
             return await response.read()
+
+    async def attempt(self, path: str, body: JSON, *, timeout_s: float) -> HybridError | None:
+        """A POST that the engine may refuse: its refusal is returned. That it cannot be asked is raised."""
+        async with (
+            within(timeout_s, "The engine did not answer in time."),
+            self.send("POST", path, body, timeout_s=timeout_s, check=False) as response,
+        ):
+            return http_error(response.status, await response.read()) if response.status >= 400 else None
 
     async def close(self) -> None:
         """Closes every connection; requests in flight are aborted."""

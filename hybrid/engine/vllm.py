@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -26,6 +27,9 @@ from hybrid.types import JSON, Message, Token
 #: seconds for what is not generation: an adapter's load, log-probabilities of a prompt
 CONTROL_TIMEOUT_S = 120.0
 LIST_TIMEOUT_S = 10.0
+
+#: vLLM's words when it has computed NaN and cannot spell it
+_NO_NAN = "not JSON compliant"
 
 _Ask = Callable[[], tuple[str, JSON]]
 
@@ -91,19 +95,18 @@ class VllmEngine:
             if name in await self.loaded():
                 return
             body = {"lora_name": name, "lora_path": str(adapter.path.resolve())}
-            try:
-                await self._http.post("/v1/load_lora_adapter", body, timeout_s=CONTROL_TIMEOUT_S)
-            except EngineError as error:
-                if "already been loaded" not in error.message:
-                    raise Refused(f"The engine will not load {adapter.id}: {error.message}") from error
+            refusal = await self._http.attempt("/v1/load_lora_adapter", body, timeout_s=CONTROL_TIMEOUT_S)
+            if isinstance(refusal, NotReady):
+                raise refusal
+            if refusal is not None and "already been loaded" not in refusal.message:
+                raise Refused(f"The engine will not load {adapter.id}: {refusal.message}")
 
     async def unload(self, engine_name: str) -> None:
         """See `Engine.unload`."""
-        try:
-            await self._http.post("/v1/unload_lora_adapter", {"lora_name": engine_name}, timeout_s=CONTROL_TIMEOUT_S)
-        except EngineRejected as error:
-            if error.status != 404:
-                raise
+        body = {"lora_name": engine_name}
+        refusal = await self._http.attempt("/v1/unload_lora_adapter", body, timeout_s=CONTROL_TIMEOUT_S)
+        if refusal is not None and refusal.status != 404:
+            raise refusal
 
     async def loaded(self) -> frozenset[str]:
         """See `Engine.loaded`."""
@@ -118,7 +121,7 @@ class VllmEngine:
         self.max_model_len = base.get("max_model_len") or self.max_model_len
 
     async def prompt_logprobs(self, prompt: str, *, adapter: str | None = None) -> tuple[float, ...]:
-        """See `Engine.prompt_logprobs`. Natural logarithms, NaN where the weights are broken."""
+        """See `Engine.prompt_logprobs`. Natural logarithms; one NaN where the weights give nothing else."""
         body = {
             "model": adapter or self.model,
             "prompt": prompt,
@@ -126,7 +129,12 @@ class VllmEngine:
             "max_tokens": 1,
             "temperature": 0,
         }
-        return read_logprobs(await self._http.post(COMPLETIONS, body, timeout_s=CONTROL_TIMEOUT_S))
+        try:
+            return read_logprobs(await self._http.post(COMPLETIONS, body, timeout_s=CONTROL_TIMEOUT_S))
+        except EngineRejected as error:
+            if _NO_NAN in error.message:
+                return (math.nan,)
+            raise
 
     async def healthy(self) -> bool:
         """Whether the server answers `/health` well. A hung engine does: `probe` is the real question."""

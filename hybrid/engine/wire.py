@@ -17,7 +17,7 @@ from hybrid.types import JSON, Message, Token, Usage
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 #: what vLLM says when prompt and answer do not fit
-_TOO_LONG = re.compile(r"maximum context length|context length is|maximum model length", re.IGNORECASE)
+_TOO_LONG = re.compile(r"maximum context length|greater than max_model_len", re.IGNORECASE)
 
 #: HTTP status → OpenAI's code, where the engine gives none in words
 _CODES = {404: "model_not_found", 413: "request_too_large", 429: "rate_limit_exceeded"}
