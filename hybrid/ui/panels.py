@@ -68,6 +68,7 @@ def explain(turn: Turn | None, title: str = "") -> str:
         _facts(turn),
         _passages(turn),
         _folded("Drafts and examples used", [(esc(d.get("arm", "")), d.get("text", "")) for d in turn.drafts]),
+        _folded("Nearest messages the gate learned from", [_neighbour(n) for n in turn.detail.get("neighbours") or []]),
     ]
     return f'<div class="hy-panel">{"".join(body)}</div>'
 
@@ -133,6 +134,11 @@ def _passages(turn: Turn) -> str:
         for head, text, where in entries
     )
     return f'<h5>Passages it read</h5><ol class="hy-folds">{items}</ol>'
+
+
+def _neighbour(neighbour: JSON) -> tuple[str, str]:
+    score = float(neighbour.get("similarity") or 0)
+    return f"{esc(neighbour.get('arm', ''))} <small>{score:.2f}</small>", str(neighbour.get("text", ""))
 
 
 def _folded(title: str, entries: Sequence[tuple[str, str]]) -> str:
@@ -201,7 +207,7 @@ def house(status: JSON) -> str:
     """The tab Adapters: what was learned, what is being learned, what can be read."""
     body = "".join(
         [
-            _table("Training", ("job", "loss", ""), [_job_row(job) for job in status.get("jobs") or []]),
+            _table("Jobs", ("job", "loss", ""), [_job_row(job) for job in status.get("jobs") or []]),
             _table(
                 "Adapters",
                 ("adapter", "state", "measured", "made how"),
