@@ -1,0 +1,146 @@
+"""The FAISS generations of one corpus: whole, immutable folders that can be built again from the store at any time.
+
+`generations/<n>/` holds `vectors.faiss` and, written last, `manifest.json` with every file's size and SHA-256. Which
+generation is current stands in the store, with the SHA-256 of its manifest, and is changed in one transaction.
+FAISS loads a damaged file without complaint, so nothing is read before its sum is checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hybrid.errors import Refused
+from hybrid.knowledge.embed import Vectors
+from hybrid.knowledge.store import Meta, Rows, Store
+from hybrid.rooms import publish, sha256_file, write_json
+
+VECTORS = "vectors.faiss"
+MANIFEST = "manifest.json"
+KEEP = 2  # the current generation, and the one that a reader may be opening
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What one search sees: a generation, and in memory the passages committed after it (`fresh`).
+
+    `revision` is the store's when this was taken (a publication counts as one itself); `last` is the highest row
+    number in it.
+    """
+
+    generation: int
+    revision: int
+    last: int
+    index: Any = None
+    fresh_rows: Rows = field(default_factory=lambda: np.empty(0, np.int64))
+    fresh: Vectors = field(default_factory=lambda: np.empty((0, 0), np.float32))
+
+    def __len__(self) -> int:
+        return (self.index.ntotal if self.index is not None else 0) + len(self.fresh_rows)
+
+    def nearest(self, vector: Vectors, k: int) -> list[tuple[int, float]]:
+        """The `k` rows of the highest inner product with `vector` [d], best first; ties by row number."""
+        found: list[tuple[int, float]] = []
+        if self.index is not None:
+            scores, rows = self.index.search(vector[None, :], min(k, self.index.ntotal))
+            found += [(int(r), float(s)) for r, s in zip(rows[0], scores[0], strict=True) if r >= 0]
+        if len(self.fresh_rows):
+            products = self.fresh @ vector
+            best = np.argsort(-products, kind="stable")[:k]
+            found += [(int(self.fresh_rows[i]), float(products[i])) for i in best]
+        return sorted(found, key=lambda hit: (-hit[1], hit[0]))[:k]
+
+
+def extended(snapshot: Snapshot, meta: Meta, store: Store) -> Snapshot:
+    """`snapshot` with what was committed since."""
+    rows, vectors = store.vectors(meta.dim, after=snapshot.last)
+    fresh = vectors if not len(snapshot.fresh_rows) else np.concatenate([snapshot.fresh, vectors])
+    return Snapshot(
+        generation=snapshot.generation,
+        revision=meta.revision,
+        last=int(rows[-1]) if len(rows) else snapshot.last,
+        index=snapshot.index,
+        fresh_rows=np.concatenate([snapshot.fresh_rows, rows]),
+        fresh=fresh,
+    )
+
+
+def build(folder: Path, store: Store) -> int:
+    """Publishes a new generation of all that the store holds, makes it current and returns its number.
+
+    The caller holds the corpus's lock. A crash before the flip leaves a folder that nobody refers to; the next build
+    sweeps it.
+    """
+    import faiss
+
+    meta = _need(store.meta())
+    rows, vectors = store.vectors(meta.dim)
+    number = max([meta.generation, *_numbers(folder)], default=0) + 1
+    index = faiss.IndexIDMap2(faiss.IndexFlatIP(meta.dim))
+    index.add_with_ids(vectors, rows)
+    with publish(folder / str(number)) as staging:
+        faiss.write_index(index, str(staging / VECTORS))
+        write_json(staging / MANIFEST, _manifest(staging, meta, rows, faiss.__version__))
+    with store.change() as change:
+        change.flip(number, sha256_file(folder / str(number) / MANIFEST))
+    _sweep(folder, number)
+    return number
+
+
+def load(folder: Path, meta: Meta) -> Snapshot:
+    """The current generation, every byte of it checked. Raises Refused saying what does not match."""
+    import faiss
+
+    where = folder / str(meta.generation)
+    try:
+        if sha256_file(where / MANIFEST) != meta.manifest:
+            raise Refused(f"{where / MANIFEST} is not the one that was published.")
+        manifest = json.loads((where / MANIFEST).read_text(encoding="utf-8"))
+        for name, fact in manifest["files"].items():
+            if (where / name).stat().st_size != fact["size"] or sha256_file(where / name) != fact["sha256"]:
+                raise Refused(f"{where / name} is not the file that was published.")
+        # bounds for what a hostile header may ask for; the sum above already says that we wrote it
+        faiss.set_deserialization_vector_byte_limit(2 * manifest["files"][VECTORS]["size"] + (1 << 20))
+        index = faiss.read_index(str(where / VECTORS))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise Refused(f"{where} cannot be read: {error}.") from error
+    if index.d != meta.dim or index.ntotal != manifest["passages"]:
+        raise Refused(f"{where / VECTORS} holds {index.ntotal} vectors of {index.d}, not what its manifest says.")
+    return Snapshot(meta.generation, int(manifest["revision"]) + 1, int(manifest["watermark"]), index)
+
+
+def _manifest(staging: Path, meta: Meta, rows: Rows, faiss_version: str) -> dict[str, Any]:
+    files = {p.name: {"size": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(staging.iterdir())}
+    return {
+        "schema": 1,
+        "files": files,
+        "embedder": {"name": meta.embedder, "digest": meta.digest, "dim": meta.dim},
+        "passages": len(rows),
+        "watermark": int(rows[-1]) if len(rows) else 0,
+        "revision": meta.revision,
+        "faiss": faiss_version,
+    }
+
+
+def _numbers(folder: Path) -> list[int]:
+    return sorted(int(p.name) for p in folder.glob("[0-9]*") if p.name.isdecimal())
+
+
+def _sweep(folder: Path, current: int) -> None:
+    """Removes what a crash left and all generations but the newest; one that is being read is in memory already."""
+    old = [folder / str(n) for n in _numbers(folder) if n <= current - KEEP]
+    for path in [*old, *folder.glob(".staging-*")]:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path)
+
+
+def _need(meta: Meta | None) -> Meta:
+    if meta is None:
+        raise Refused("The corpus was never ingested; index a folder into it first.")
+    return meta

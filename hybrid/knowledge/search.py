@@ -1,0 +1,287 @@
+"""The library: every corpus of a home, searched by meaning. Exact inner products over unit vectors (FAISS flat).
+
+A search takes one snapshot of a corpus and answers through the store, so a committed document is found at once,
+whichever process committed it, and a deleted one never.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from hybrid.errors import BadRequest, HybridError, NotFound, Refused
+from hybrid.knowledge.chunk import Chunker
+from hybrid.knowledge.embed import Embedder, Vectors
+from hybrid.knowledge.index import Snapshot, build, extended, load
+from hybrid.knowledge.ingest import Ingest, IngestReport, Progress, check_embedder
+from hybrid.knowledge.store import Meta, Store
+from hybrid.rooms import Home, check_name
+from hybrid.settings import RetrievalSettings
+from hybrid.types import JSON, Passage
+
+log = logging.getLogger("hybrid.knowledge")
+
+Query = str | np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusInfo:
+    """A corpus as it is listed."""
+
+    name: str
+    passages: int
+    documents: int
+    generation: int
+    embedder: str
+
+    def wire(self) -> JSON:
+        return asdict(self)
+
+
+class _Corpus:
+    """One corpus open for reading, and for mending its generation when that turns out damaged."""
+
+    def __init__(self, name: str, folder: Path, embedder: Embedder) -> None:
+        self.name = name
+        self.store = Store(folder / "store.db")
+        self._folder = folder
+        self._embedder = embedder
+        self._lock = threading.Lock()
+        self._snapshot: Snapshot | None = None
+        self._counts = (-1, 0, 0)
+
+    def info(self) -> CorpusInfo:
+        meta = self.store.meta() or Meta(0, 0, "", "", "", 0)
+        if self._counts[0] != meta.revision:
+            self._counts = (meta.revision, *self.store.counts())
+        _, passages, documents = self._counts
+        return CorpusInfo(self.name, passages, documents, meta.generation, meta.embedder)
+
+    def meta(self) -> Meta:
+        """The row of `meta`. Raises Refused when the vectors are another embedder's."""
+        meta = self.store.meta()
+        if meta is None:
+            raise NotFound(f"The corpus {self.name!r} is empty; run `hybrid index DIR --name {self.name}`.")
+        check_embedder(self.name, meta, self._embedder)
+        return meta
+
+    def snapshot(self) -> Snapshot:
+        """What is committed now."""
+        meta = self.meta()
+        current = self._snapshot
+        if current and current.revision == meta.revision:
+            return current
+        with self._lock:
+            current = self._snapshot
+            if current is None or current.generation != meta.generation:
+                current, meta = self._open(meta)
+            if current.revision != meta.revision:
+                current = extended(current, meta, self.store)
+            self._snapshot = current
+            return current
+
+    def search(self, vector: Vectors, k: int) -> list[list[Passage]]:
+        """The `k` nearest texts, best first, each under all its ids."""
+        snapshot = self.snapshot()
+        wanted = k
+        while True:
+            hits = snapshot.nearest(vector, wanted)
+            named = self.store.passages([row for row, _ in hits])
+            found = [(named[row], score) for row, score in hits if row in named]
+            if len(found) >= k or len(hits) >= len(snapshot):
+                break
+            wanted *= 2  # some hits were deleted since the snapshot
+        return [[replace(p, score=score, corpus=self.name) for p in group] for group, score in found[:k]]
+
+    def publish(self) -> None:
+        """Builds a generation unless the current one is whole and holds everything. The caller holds the lock."""
+        meta = self.meta()
+        with contextlib.suppress(Refused):
+            if load(self.generations, meta).revision == meta.revision:
+                return
+        build(self.generations, self.store)
+
+    @property
+    def generations(self) -> Path:
+        return self._folder / "generations"
+
+    def _open(self, meta: Meta) -> tuple[Snapshot, Meta]:
+        """The current generation; a damaged one is built again from the store, which is always served from."""
+        from_store = Snapshot(meta.generation, -1, 0)
+        if meta.generation == 0:
+            return from_store, meta
+        try:
+            return load(self.generations, meta), meta
+        except Refused as error:
+            latest = self.meta()
+            if latest.generation != meta.generation:  # another process published and swept meanwhile
+                return self._open(latest)
+            log.warning("%s It is built again from the store.", error.message)
+        try:
+            with corpus_lock(self._folder, timeout=0):
+                build(self.generations, self.store)
+            latest = self.meta()
+            return load(self.generations, latest), latest
+        except (Timeout, OSError, HybridError) as error:
+            log.warning("%s is searched from the store: no new generation was built (%s).", self.name, error)
+            return from_store, meta
+
+
+def corpus_lock(folder: Path, timeout: float = -1) -> FileLock:
+    """The lock of whoever writes to a corpus; others wait for it. A crash frees it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / "store.lock", timeout=timeout)
+
+
+class Library:
+    """Every corpus of a home. Safe to use from many threads and beside other processes."""
+
+    def __init__(self, home: Home, embedder: Embedder, settings: RetrievalSettings) -> None:
+        self.embedder = embedder
+        self._home = home
+        self._settings = settings
+        self._open: dict[str, tuple[int, _Corpus]] = {}
+        self._opening = threading.Lock()
+
+    def names(self) -> list[str]:
+        """The corpora that hold something, sorted."""
+        found = sorted(path.parent.name for path in self._home.index.glob("*/store.db"))
+        return [name for name in found if _can_name(name) and self._corpus(name).info().passages]
+
+    def corpus(self, name: str) -> CorpusInfo:
+        """What is known of a corpus. Raises NotFound naming those that exist."""
+        return self._corpus(name).info()
+
+    def search(self, corpus: str | None, query: Query, k: int, *, every_id: bool = False) -> tuple[Passage, ...]:
+        """The `k` texts nearest to `query` (words, or a unit vector float32 [dim]), best first; None asks all corpora.
+
+        A text that came with several ids is one of the `k`. It is returned under its first id, as a prompt needs
+        it; with `every_id` under each of them in turn, with the same score. Raises NotFound, Refused, BadRequest.
+        """
+        if k < 1:
+            raise BadRequest("`k` is at least 1.", param="k")
+        names = self.names() if corpus is None else [corpus]
+        if not names:
+            raise NotFound("There is no corpus yet; `hybrid index DIR --name NAME` makes one.", param="corpus")
+        corpora = [self._corpus(name) for name in names]
+        vector = self._vector(query)
+        groups = [group for found in corpora for group in found.search(vector, k)]
+        groups.sort(key=lambda group: -group[0].score)
+        return tuple(passage for group in groups[:k] for passage in (group if every_id else group[:1]))
+
+    def sample(self, name: str, limit: int, seed: int) -> tuple[tuple[Passage, ...], Vectors]:
+        """At most `limit` passages of a corpus, chosen by `seed`, and their vectors float32 [n, dim]."""
+        corpus = self._corpus(name)
+        meta = corpus.meta()
+        rows = np.array(corpus.store.rows(), np.int64)
+        if len(rows) > limit:
+            rows = np.sort(np.random.default_rng(seed).choice(rows, limit, replace=False))
+        named = corpus.store.passages(rows.tolist())
+        kept, vectors = corpus.store.vectors(meta.dim, only=[int(row) for row in rows if int(row) in named])
+        return tuple(replace(named[int(row)][0], corpus=name) for row in kept), vectors
+
+    def vectors(self, name: str, limit: int) -> Vectors:
+        """The vectors of a sample of a corpus, float32 [n, dim]."""
+        return self.sample(name, limit, 0)[1]
+
+    def ingest(self, name: str, path: Path, progress: Progress | None = None, *, rebuild: bool = False) -> IngestReport:
+        """Brings a corpus in step with a folder or file and publishes a generation. Waits for another ingest.
+
+        Raises DataError when nothing can be read, Refused for a name that cannot be one or a changed embedder.
+        """
+        folder = self._folder(name)
+        chunker = Chunker(self.embedder.count_tokens, self._settings.chunk_tokens)
+        with corpus_lock(folder):
+            corpus = self._reopen(name)
+            ingest = Ingest(name, corpus.store, self.embedder, chunker, self._settings.embed_batch, progress)
+            report = ingest.run(path, rebuild=rebuild)
+            corpus.publish()
+        return report
+
+    def refresh(self) -> None:
+        """Takes up what other processes published, so that the next search need not. Cheap when nothing changed."""
+        for name in self.names():
+            try:
+                self._corpus(name).snapshot()
+            except HybridError as error:
+                log.debug("%s cannot be searched: %s", name, error.message)
+
+    def delete_document(self, name: str, document: str) -> None:
+        """Takes one document away, at once and for good. Raises NotFound."""
+        corpus = self._corpus(name)
+        with corpus_lock(self._folder(name)):
+            if document not in corpus.store.hashes():
+                raise NotFound(f"The corpus {name!r} holds no document {document[:80]!r}.", param="document")
+            with corpus.store.change() as change:
+                change.remove([document])
+                change.sweep()
+            corpus.publish()
+
+    def delete(self, name: str) -> None:
+        """Takes a corpus away. What made it (a recipe, documents) stays. Raises NotFound."""
+        self._corpus(name)
+        folder = self._folder(name)
+        with corpus_lock(folder), self._opening:
+            opened = self._open.pop(name, None)
+            if opened:
+                opened[1].store.close()
+            # the database first: SQLite throws the log of a database away that is not there
+            for suffix in ("", "-wal", "-shm"):
+                (folder / f"store.db{suffix}").unlink(missing_ok=True)
+            shutil.rmtree(folder / "generations", ignore_errors=True)
+
+    def close(self) -> None:
+        """Releases every connection."""
+        with self._opening:
+            for _, corpus in self._open.values():
+                corpus.store.close()
+            self._open.clear()
+
+    def _vector(self, query: Query) -> Vectors:
+        if isinstance(query, str):
+            return self.embedder.embed_query(query)
+        if query.shape != (self.embedder.dim,):
+            raise BadRequest(f"a query vector has the shape ({self.embedder.dim},), not {query.shape}.", param="query")
+        return np.ascontiguousarray(query, dtype=np.float32)
+
+    def _folder(self, name: str) -> Path:
+        return self._home.index / check_name(name, "corpus")
+
+    def _corpus(self, name: str) -> _Corpus:
+        if _can_name(name) and (self._folder(name) / "store.db").is_file():
+            return self._reopen(name)
+        raise NotFound(f"There is no corpus {name[:80]!r}. {_known(self.names())}", param="corpus")
+
+    def _reopen(self, name: str) -> _Corpus:
+        """The open corpus, made if need be; opened anew when its file is another one than it was."""
+        folder = self._folder(name)
+        database = folder / "store.db"
+        with self._opening:
+            opened = self._open.get(name)
+            inode = database.stat().st_ino if database.exists() else 0
+            if opened and opened[0] == inode:
+                return opened[1]
+            corpus = _Corpus(name, folder, self.embedder)
+            self._open[name] = (database.stat().st_ino, corpus)
+            return corpus
+
+
+def _can_name(name: str) -> bool:
+    try:
+        check_name(name, "corpus")
+    except Refused:
+        return False
+    return True
+
+
+def _known(names: Sequence[str]) -> str:
+    return f"Known: {', '.join(names)}." if names else "There is none yet; `hybrid index DIR --name NAME` makes one."
