@@ -67,8 +67,8 @@ def explain(turn: Turn | None, title: str = "") -> str:
         _scores(turn),
         _facts(turn),
         _passages(turn),
-        _folded("Drafts and examples used", [(esc(d.get("arm", "")), d.get("text", "")) for d in turn.drafts]),
-        _folded("Nearest messages the gate learned from", [_neighbour(n) for n in turn.detail.get("neighbours") or []]),
+        _folded("Drafts and examples used", [_draft(draft) for draft in turn.drafts]),
+        _folded("Nearest messages the gate knows", [_neighbour(n) for n in turn.detail.get("neighbours") or []]),
     ]
     return f'<div class="hy-panel">{"".join(body)}</div>'
 
@@ -136,18 +136,22 @@ def _passages(turn: Turn) -> str:
     return f'<h5>Passages it read</h5><ol class="hy-folds">{items}</ol>'
 
 
-def _neighbour(neighbour: JSON) -> tuple[str, str]:
+def _neighbour(neighbour: JSON) -> str:
     score = float(neighbour.get("similarity") or 0)
-    return f"{esc(neighbour.get('arm', ''))} <small>{score:.2f}</small>", str(neighbour.get("text", ""))
+    return f"{esc(neighbour.get('arm', ''))} <small>{score:.2f}</small><p>{esc(neighbour.get('text', ''))}</p>"
 
 
-def _folded(title: str, entries: Sequence[tuple[str, str]]) -> str:
+def _draft(draft: JSON) -> str:
+    return f"{esc(draft.get('arm', ''))}<p>{esc(draft.get('text', ''))}</p>"
+
+
+def _folded(title: str, entries: Sequence[str]) -> str:
+    """Entries of ready HTML behind a title that opens; nothing when there are none."""
     if not entries:
         return ""
-    items = "".join(
-        f"<li><details><summary>{head}</summary><p>{esc(text)}</p></details></li>" for head, text in entries
-    )
-    return f'<h5>{title}</h5><ol class="hy-folds">{items}</ol>'
+    items = "".join(f"<li>{entry}</li>" for entry in entries)
+    summary = f"<summary>{title} ({len(entries)})</summary>"
+    return f'<details class="hy-more">{summary}<ol class="hy-folds">{items}</ol></details>'
 
 
 # --- the state of the house ------------------------------------------------------------------------------------------

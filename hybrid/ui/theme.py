@@ -58,11 +58,14 @@ CSS = """
 .hy-facts dt { font-size: .74rem; color: var(--body-text-color-subdued); } .hy-facts dd { margin: 0; }
 .hy-folds { list-style: none; margin: 0; padding: 0; }
 .hy-folds li { border-top: 1px solid var(--border-color-primary); }
+.hy-more { margin-top: .8rem; }
+.hy-more > summary { cursor: pointer; font-weight: 600; font-size: .85rem; padding: .3rem 0; }
+.hy-more li { padding: .4rem 0; }
 .hy-folds summary { cursor: pointer; padding: .4rem 0; }
 .hy-folds p { white-space: pre-wrap; margin: .1rem 0 .4rem; }
 .hy-folds small { color: var(--body-text-color-subdued); }
 .hy-folds em { font-style: normal; font-size: .74rem; color: var(--color-accent); }
-.hy-folds summary:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 2px; border-radius: 4px; }
+.hy-panel summary:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 2px; border-radius: 4px; }
 
 .hy-house { padding: .4rem .1rem; }
 .hy-wide { overflow-x: auto; margin-bottom: 1.6rem; }
