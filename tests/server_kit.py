@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from hybrid.boot import open_gateway
 from hybrid.gateway import Gateway
 from hybrid.keys import Keys
 from hybrid.server.app import create_app
+from hybrid.server.run import take_port
 from hybrid.settings import Settings
 
 TOKEN = "the-servers-own-token"
@@ -103,8 +103,7 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
     """The server, ready, in this loop."""
     async with open_gateway(settings) as gateway:
         app = create_app(gateway, settings, token=TOKEN)
-        with socket.socket() as listener:
-            listener.bind((settings.server.host, 0))
+        with take_port(settings.server) as listener:
             config = uvicorn.Config(app, http="httptools", ws="none", log_config=None, timeout_graceful_shutdown=1)
             server = uvicorn.Server(config)
             server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]

@@ -14,7 +14,10 @@ import numpy as np
 import openai
 import pytest
 import pytest_asyncio
+from adapters_kit import make_adapter
 from server_kit import Running, chat, make_home, running, until
+
+from hybrid.adapters.preflight import read_base
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -177,6 +180,21 @@ async def test_passages_are_cited_whole_and_streamed(server: Running, corpus: st
     assert chunks[-1]["choices"][0]["finish_reason"]
 
 
+async def test_R1_a_client_that_drops_a_cited_stream_stops_the_engine(server: Running, corpus: str) -> None:
+    before = (await server.engine_log())["aborted"]
+    body = {**chat("@tokens 2000 @delay 20ms", model=f"rag:{corpus}"), "stream": True}
+    async with server.http.post(server.url + "/v1/chat/completions", json=body) as answer:
+        await answer.content.readline()
+        answer.close()
+
+    async def engine_saw_it() -> bool:
+        log = await server.engine_log()
+        return log["aborted"] == before + 1 and log["active"] == 0
+
+    await until(engine_saw_it, timeout_s=5)
+    await until(lambda: server.inflight == 0, timeout_s=5)
+
+
 async def test_R8_the_engines_refusal_passes_through_and_is_not_repeated(server: Running) -> None:
     before = len((await server.engine_log())["requests"])
     for stream in (False, True):
@@ -302,3 +320,24 @@ async def test_an_adapter_that_is_none_is_refused(server: Running, tmp_path: Pat
     assert (await server.post("/v1/load_lora_adapter", {"lora_name": 5}))[0] == 400
     assert (await server.post("/v1/unload_lora_adapter", {"lora_name": "absent"}))[0] == 404
     assert (await server.engine_log())["loads"] == loads
+
+
+async def test_an_adapter_loaded_over_http_answers_under_its_name(server: Running, tmp_path: Path) -> None:
+    base = read_base(Path(server.settings.model), "")
+    folder = make_adapter(tmp_path / "ours", base)
+    (folder / "examples.jsonl").write_text(json.dumps({"input": "2 + 2", "reference": "four"}) + "\n")
+    status, loaded, _ = await server.post("/v1/load_lora_adapter", {"lora_name": "sums", "lora_path": str(folder)})
+    assert (status, loaded["adapter"], loaded["version"]) == (200, "sums", 1), loaded
+    for name in ("sums", "sums@1", "base:sums", "adapter:sums"):
+        status, body, headers = await server.post("/v1/chat/completions", chat("2 + 2", model=name))
+        assert status == 200
+        assert body["choices"][0]["message"]["content"].endswith(("four", "2 + 2"))
+        assert (headers["x-hybrid-selected-adapter"], headers["x-hybrid-selected-version"]) == ("sums", "1")
+    client = server.client()
+    model = await client.models.retrieve("sums")
+    assert "/" not in (model.model_extra or {})["root"]
+    assert await server.metric('hybrid_adapter_state{adapter="sums@1",state="live"}') == 1
+    assert (await client.models.delete("sums")).deleted
+    status, body, _ = await server.post("/v1/chat/completions", chat("2 + 2", model="sums"))
+    assert (status, body["error"]["code"]) == (404, "model_not_found")
+    assert (await server.post("/v1/unload_lora_adapter", {"lora_name": "sums"}))[0] == 404

@@ -14,7 +14,8 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -22,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from hybrid.boot import Progress, open_gateway
 from hybrid.errors import HomeInUse, SetupError
+from hybrid.gateway import Gateway
 from hybrid.rooms import Home, write_json
 from hybrid.server.app import create_app, loopback
 from hybrid.server.house import Traffic
@@ -31,6 +33,8 @@ log = logging.getLogger("hybrid.server")
 
 #: mounts the UI on the app, given the URL at which the app will answer
 Face = Callable[[FastAPI, str], None]
+#: work that goes on beside the serving; cancelled when it ends
+Background = Callable[[Gateway], Coroutine[Any, Any, None]]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LINGER_S = 1  # for connections that no request holds: a UI's open event stream
@@ -42,11 +46,16 @@ def serve(
     progress: Progress | None = None,
     announce: Callable[[str], None] = log.info,
     face: Face | None = None,
+    background: Background | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then drains and returns. Raises SetupError, HomeInUse (exit code 3)."""
     factory = uvicorn.Config("").get_loop_factory()
-    with _locked(settings.rooms), _bound(settings.server) as listener, asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(_serve(settings, listener, progress, announce, face))
+    with (
+        _locked(settings.rooms),
+        take_port(settings.server) as listener,
+        asyncio.Runner(loop_factory=factory) as runner,
+    ):
+        runner.run(_serve(settings, listener, progress, announce, face, background))
 
 
 async def _serve(
@@ -55,6 +64,7 @@ async def _serve(
     progress: Progress | None,
     announce: Callable[[str], None],
     face: Face | None,
+    background: Background | None,
 ) -> None:
     url = _url(settings.server.host, listener.getsockname()[1])
     token = secrets.token_urlsafe(32)
@@ -69,7 +79,28 @@ async def _serve(
             announce(f"hybrid listens on {url} (Ctrl-C stops it).")
             if not loopback(settings.server.host):
                 announce("Others can reach this address, so every request needs a key: `hybrid keys create NAME`.")
-            await server.serve([listener])
+            async with _beside(background(gateway) if background else None):
+                await server.serve([listener])
+
+
+@contextlib.asynccontextmanager
+async def _beside(work: Coroutine[Any, Any, None] | None) -> AsyncIterator[None]:
+    """Runs `work` while the block runs. Its failure is logged; serving goes on."""
+    if work is None:
+        yield
+        return
+    task = asyncio.create_task(work)
+    task.add_done_callback(_report)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("background work ended: %s", error, exc_info=error)
 
 
 def _config(app: FastAPI) -> uvicorn.Config:
@@ -178,12 +209,14 @@ def _locked(home: Home) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _bound(settings: ServerSettings) -> Iterator[socket.socket]:
+def take_port(settings: ServerSettings) -> Iterator[socket.socket]:
     """The port, taken before anything slow begins. Raises SetupError when it cannot be had."""
     host, port = settings.host, settings.port
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    with listener:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # inherited by every connection: a token must not wait 40 ms for the acknowledgement of the one before it
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             listener.bind((host, port))
             listener.set_inheritable(False)
