@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from hybrid.adapters.store import AdapterStore, AdapterVersion
+from hybrid.adapters.listing import AdapterVersion
+from hybrid.adapters.store import AdapterStore
 from hybrid.engine import EngineStatus
 from hybrid.knowledge.search import Library
 from hybrid.types import JSON

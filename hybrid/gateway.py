@@ -21,7 +21,8 @@ import numpy as np
 
 from hybrid import catalog
 from hybrid.adapters.hotload import HotLoader
-from hybrid.adapters.store import AdapterStore, AdapterVersion
+from hybrid.adapters.listing import AdapterVersion
+from hybrid.adapters.store import AdapterStore
 from hybrid.engine import Engine
 from hybrid.errors import BadRequest, HybridError, ModelNotFound, NotFound, NotReady
 from hybrid.gate.decide import Decider, new_id
@@ -68,6 +69,7 @@ class Gateway:
         self._count_tokens = count_tokens
         self._secret = secret
         self._enrolment = enrolment
+        self.answering = 0
         self._in_use: collections.Counter[str] = collections.Counter()
 
     # --- answering -------------------------------------------------------------------------------------------------
@@ -180,14 +182,13 @@ class Gateway:
 
     @contextlib.contextmanager
     def _using(self, version: AdapterVersion | None) -> Iterator[None]:
-        if version is None:
-            yield
-            return
-        name = version.ref.engine_name
+        name = version.ref.engine_name if version else ""
+        self.answering += 1
         self._in_use[name] += 1
         try:
             yield
         finally:
+            self.answering -= 1
             self._in_use[name] -= 1
             if not self._in_use[name]:
                 del self._in_use[name]
@@ -224,7 +225,7 @@ class Gateway:
         one) that was published already.
         """
         if path is not None:
-            version = await asyncio.to_thread(self.store.adopt, name, path)
+            version = await asyncio.to_thread(self.store.adopt, name, path, self.loader.inspect)
             return await self.loader.load_now(version.id)
         self.store.refresh()
         spec = name if "@" in name else self._newest(name)
@@ -233,7 +234,7 @@ class Gateway:
     def _newest(self, name: str) -> str:
         versions = self.store.versions(name)
         if not versions:
-            raise ModelNotFound(f"There is no adapter named {name[:80]!r}; train one or give `lora_path`.", param="model")
+            raise ModelNotFound(f"There is no adapter {name[:80]!r}; train one or give `lora_path`.", param="model")
         return versions[-1].id
 
     async def unload_adapter(self, name: str) -> None:

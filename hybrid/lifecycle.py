@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.adapters.store import AdapterStore
+from hybrid.engine.launch import MARK
 from hybrid.knowledge.search import Library
 from hybrid.rooms import Home
 from hybrid.settings import Settings
@@ -99,12 +100,13 @@ class Quickstart:
 
     async def _child(self, task: Path, name: str) -> AsyncIterator[Mapping[str, Any]]:
         """Runs the trainer and yields its progress lines. Raises RuntimeError with its last words when it fails."""
-        argv = [sys.executable, "-m", "hybrid.cli", "train", str(task), "--name", name, "--json", "--progress-json"]
+        argv = [sys.executable, "-m", "hybrid.engine.launch", "hybrid.cli"]
+        argv += ["train", str(task), "--name", name, "--json", "--progress-json"]
         child = await asyncio.create_subprocess_exec(
             *argv,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env={**os.environ, "HYBRID_HOME": str(self._home.root), "HYBRID_PARENT_PID": str(os.getpid())},
+            env={**os.environ, "HYBRID_HOME": str(self._home.root), MARK: str(os.getpid())},
             start_new_session=True,
         )
         os.setpriority(os.PRIO_PROCESS, child.pid, NICE)

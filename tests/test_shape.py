@@ -48,7 +48,9 @@ def own_imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "hybrid":
             parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names if alias.name != "__version__"}
+            found |= (
+                {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names if alias.name != "__version__"}
+            )
         elif isinstance(node, ast.Import):
             found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("hybrid.")}
     return found
@@ -89,7 +91,9 @@ def test_strategies_do_not_import_one_another() -> None:
 
 
 def test_rooms_of_artefacts_hold_no_code() -> None:
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
     code = [f for f in tracked if f.endswith(".py")]
     assert all(f.split("/")[0] in ("hybrid", "tests", "app.py") for f in code)
     allowed = {"LICENSE", "CHANGELOG.md", "README.md", "Makefile", "constraints.txt", "pyproject.toml", "app.py"}
@@ -110,7 +114,9 @@ def test_templates_stand_in_one_file() -> None:
     for path in modules():
         if path.name != "prompts.py":
             text = path.read_text()
-            assert not any(mark in text for mark in marks), f"{path.name} holds a prompt template; it belongs in prompts.py"
+            assert not any(mark in text for mark in marks), (
+                f"{path.name} holds a prompt template; it belongs in prompts.py"
+            )
 
 
 def test_one_table_of_strategies() -> None:
@@ -121,6 +127,9 @@ def test_one_table_of_strategies() -> None:
 def test_no_pickle_at_run_time() -> None:
     for path in modules():
         names = {
-            alias.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import) for alias in node.names
+            alias.name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import)
+            for alias in node.names
         }
         assert not names & {"pickle", "joblib", "dill", "shelve"}, path.name

@@ -16,6 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from pathlib import Path
+from pathlib import Path
 from typing import Any
 
 from hybrid.adapters.canary import Recording, canary
@@ -127,6 +128,10 @@ class HotLoader:
         inspect = partial(check, base=self._base, max_rank=self._max_rank)
         version = await asyncio.to_thread(self._store.adopt, name, folder, inspect)
         return await self.load_now(version.id)
+
+    def inspect(self, folder: Path) -> None:
+        """Preflight of a folder that is no version yet. Raises Refused."""
+        check(folder, self._base, self._max_rank)
 
     def _is_due(self, id: str) -> bool:
         """Whether to start now: one that failed before waits, and flies alone, so that no other gets the blame."""

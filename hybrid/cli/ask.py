@@ -53,11 +53,14 @@ def ask(
 
 
 def _from_server(body: dict[str, Any]) -> dict[str, Any]:
-    explained = body.get("hybrid", {})
+    explained = dict(body["hybrid"])
+    passages = explained.pop("passages", [])
+    explained.pop("drafts", None)
+    shown = [{"id": p["filename"], "title": p["title"], "text": p["quote"], "score": p["score"]} for p in passages]
     return {
         "answer": body["choices"][0]["message"]["content"],
-        "decision": explained.get("decision", {}),
-        "passages": explained.get("passages", []),
+        "decision": explained,
+        "passages": shown,
         "usage": body.get("usage", {}),
     }
 

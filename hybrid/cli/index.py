@@ -56,7 +56,7 @@ def search(
 
     hybrid search handbook "how is an adapter loaded" --k 3
     """
-    hits = _library(Settings.load()).search(corpus, query, k)
+    hits = _library(Settings.load()).search(corpus, query, k, every_id=True)
     if json_:
         rows = [{"id": h.id, "title": h.title, "text": h.text, "score": round(h.score, 4)} for h in hits]
         data({"hits": rows})

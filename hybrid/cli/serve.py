@@ -7,8 +7,11 @@ from typing import Annotated, Any
 import typer
 
 from hybrid.cli.say import bar, say
-from hybrid.serving import run
+from hybrid.gateway import Gateway
+from hybrid.lifecycle import Quickstart
+from hybrid.server.run import serve as run
 from hybrid.settings import Settings
+from hybrid.ui import mount_ui
 
 
 def serve(
@@ -31,8 +34,26 @@ def serve(
         overrides["server"] = server
     if engine is not None:
         overrides["engine"] = {"kind": engine}
+    settings = Settings.load(**overrides)
+
+    async def first_hour(gateway: Gateway) -> None:
+        await Quickstart(
+            settings,
+            state=gateway.state,
+            store=gateway.store,
+            library=gateway.library,
+            busy=lambda: gateway.answering,
+            ready=lambda: gateway.ready()[0],
+        ).run()
+
     with bar() as progress:
-        run(Settings.load(**overrides), progress, announce=say)
+        run(
+            settings,
+            progress=progress,
+            announce=say,
+            face=(lambda app, url: mount_ui(app, settings, url)) if settings.server.ui else None,
+            background=first_hour if settings.server.quickstart else None,
+        )
 
 
 def _given(**flags: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hybrid.adapters.store import AdapterStore
 from hybrid.errors import HybridError
+from hybrid.gate.features import Vectors
 from hybrid.gate.general import general_lines, general_vectors
 from hybrid.gate.model import Gate
 from hybrid.gate.train import train_gate
@@ -98,7 +99,7 @@ class Enrolment:
     def _enrol_corpus(self, name: str) -> None:
         passages, vectors = self._library.sample(name, SAMPLE, 0)
 
-        def search(vector: object, k: int) -> tuple[Passage, ...]:
+        def search(vector: Vectors, k: int) -> tuple[Passage, ...]:
             return self._library.search(name, vector, k)
 
         self.gate.enrol_corpus(name, passages, vectors, search)

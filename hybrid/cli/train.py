@@ -1,0 +1,125 @@
+"""`hybrid train`: data in, a checked, versioned, served adapter out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn
+
+from hybrid.adapters.preflight import check, read_base
+from hybrid.adapters.store import AdapterStore
+from hybrid.cli import reach
+from hybrid.cli.say import bar, data, say, words
+from hybrid.errors import EngineRejected, Refused
+from hybrid.knowledge.embed import Embedder
+from hybrid.models import ModelFiles, materialise
+from hybrid.settings import Settings, offline_environment
+from hybrid.state import State
+from hybrid.training.recipes import parse_sets
+from hybrid.training.run import TrainResult
+from hybrid.training.run import train as run_training
+
+
+def train(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="a task folder or a data file")],
+    name: Annotated[str | None, typer.Option(help="the adapter's name; the folder's by default")] = None,
+    method: Annotated[str | None, typer.Option(help="how to adapt the model [lora]")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a recipe key; repeatable")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="the result as the last line of stdout")] = False,
+    progress_json: Annotated[bool, typer.Option("--progress-json", help="progress as JSON lines on stdout")] = False,
+) -> None:
+    """Trains an adapter on a task folder or data file and publishes it; a running server loads it by itself.
+
+    hybrid train eval/tasks/tickets
+    hybrid train ./bank --name bank --set epochs=2 --set rank=16 --json
+    """
+    settings = Settings.load()
+    offline_environment()
+    overrides = parse_sets(set_ or []) | ({"method": method} if method else {})
+    with bar() as step:
+        model = materialise(settings.model, settings.cache, step)
+        embedding = materialise(settings.embedder, settings.cache, step)
+    store = AdapterStore(settings.rooms, State(settings.rooms.database), model.sha256)
+    with _reporter(progress_json) as progress:
+        result = run_training(
+            source,
+            settings=settings,
+            name=name,
+            overrides=overrides,
+            progress=progress,
+            store=store,
+            embedder=Embedder(embedding.path, embedding.name),
+            model=model,
+        )
+    promoted, reason = _hand_over(settings, store, result, model)
+    if json_:
+        data(
+            {
+                "adapter": result.adapter,
+                "version": result.version,
+                "path": str(result.path),
+                "metrics": dict(result.metrics),
+                "promoted": promoted,
+            }
+        )
+    say(f"{result.adapter}@{result.version}: dev loss {result.metrics['dev_loss']}, {reason}")
+    if not promoted:
+        raise typer.Exit(0 if "measured" in reason or "worse" in reason else 1)
+
+
+def _hand_over(settings: Settings, store: AdapterStore, result: TrainResult, model: ModelFiles) -> tuple[bool, str]:
+    """Gives the version to the running server, or settles it here. (whether the name means it now, why in words)"""
+    version_id = f"{result.adapter}@{result.version}"
+    server = reach.find(settings.rooms.server_file)
+    try:
+        if server is not None:
+            asyncio.run(server.post("/v1/load_lora_adapter", {"lora_name": version_id}))
+        else:
+            check(result.path, read_base(model.path, model.sha256), settings.engine.max_lora_rank)
+            if store.alias(result.adapter) is None:
+                store.promote(result.adapter, result.version)
+    except (EngineRejected, Refused) as error:
+        return False, f"refused: {error.message}"
+    store.refresh()
+    if store.alias(result.adapter) == result.version:
+        return True, f"served as {result.adapter!r}" if server else "served from the next start of `hybrid serve`"
+    return False, store.resolve(version_id).reason or "measured when a server runs; the name stays where it is"
+
+
+@contextmanager
+def _reporter(as_json: bool) -> Iterator[Callable[..., None]]:
+    """A progress callback: JSON lines on stdout, a bar on a terminal, a line now and then elsewhere."""
+    if as_json:
+        yield lambda **told: data(told)
+        return
+    if not words.is_terminal:
+        yield _lines()
+        return
+    columns = (TextColumn("training"), BarColumn(), TextColumn("{task.completed}/{task.total} {task.description}"))
+    with Progress(*columns, console=words, transient=True) as progress:
+        task = progress.add_task("", total=None)
+
+        def update(**told: Any) -> None:
+            progress.update(task, completed=told["step"], total=told["steps"], description=_sentence(told))
+
+        yield update
+
+
+def _lines(every: int = 10) -> Callable[..., None]:
+    def update(**told: Any) -> None:
+        if told["step"] % every == 0 or told["step"] == told["steps"]:
+            say(f"step {told['step']}/{told['steps']}  {_sentence(told)}")
+
+    return update
+
+
+def _sentence(told: dict[str, Any]) -> str:
+    dev = f"  dev {told['dev_loss']:.3f}" if "dev_loss" in told else ""
+    return f"loss {told['loss']:.3f}{dev}  {told['tokens_per_s']:.0f} tokens/s  {told['eta_s']:.0f} s left"

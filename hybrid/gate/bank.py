@@ -1,0 +1,170 @@
+"""The material of every enrolled arm, laid out so that one matrix product compares a request with all of it.
+
+A bank never changes: enrolling makes a new one, so a request that is being scored keeps the one it began with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise, zip_longest
+from typing import Any
+
+import numpy as np
+
+from hybrid.gate.features import (
+    Corpus,
+    Numbers,
+    Vectors,
+    View,
+    closeness,
+    form_features,
+    general_features,
+    message_features,
+    passage_features,
+)
+from hybrid.gate.lexicon import Lexicon, look
+from hybrid.types import PROMPT, Arm, Passage
+
+#: prototypes kept of one view of one arm: a seeded sample, enough for the neighbours, small enough for a millisecond
+PROTOTYPES = 600
+#: passages kept of one corpus, for training and for corpora that bring no search of their own
+PASSAGE_SAMPLE = 4000
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Messages:
+    """Messages an arm was trained on, as views of the same `texts`: row i of every view is text i.
+
+    A view of another length stands beside them without texts.
+    """
+
+    texts: tuple[str, ...] = ()
+    views: tuple[View, ...] = ()
+    lexicon: Lexicon = field(default_factory=Lexicon)
+
+    @classmethod
+    def of(cls, texts: Sequence[str], *views: Vectors) -> Messages:
+        """A seeded sample of at most `PROTOTYPES` rows of each view [n, d]; empty views are left out."""
+        usable = [np.ascontiguousarray(v, dtype=np.float32) for v in views if len(v)]
+        kept = [sample(len(v), PROTOTYPES) for v in usable]
+        rows = kept[0] if kept else np.arange(0)
+        return cls(
+            tuple(texts[i] for i in rows) if usable and len(texts) == len(usable[0]) else (),
+            tuple(View.of(v[rows_of]) for v, rows_of in zip(usable, kept, strict=True)),
+            Lexicon.of(texts),
+        )
+
+    def text(self, view: int, row: int) -> str:
+        """The message of a row, or nothing where it is not known."""
+        same = len(self.texts) == len(self.views[view].vectors)
+        return self.texts[row] if same else ""
+
+
+def sample(n: int, most: int) -> np.ndarray[Any, np.dtype[np.intp]]:
+    """Which `most` of `n` rows are kept: always the same ones, in order."""
+    return np.sort(np.random.default_rng(0).permutation(n)[:most])
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """Says that a request is row `row` of view `view` of an arm's messages, so that it is not its own neighbour."""
+
+    arm: Arm
+    view: int
+    row: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Bank:
+    """Everything enrolled. `stack` [N, d] holds all views one below another; `spans` says which rows are whose.
+
+    `outside` are requests that belong to no arm: they teach, and are never neighbours.
+    """
+
+    messages: Mapping[Arm, Messages] = field(default_factory=dict)
+    corpora: Mapping[Arm, Corpus] = field(default_factory=dict)
+    stack: Vectors = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    spans: Mapping[tuple[Arm, int], slice] = field(default_factory=dict)
+    outside: Messages = field(default_factory=Messages)
+
+    @classmethod
+    def of(cls, messages: Mapping[Arm, Messages], corpora: Mapping[Arm, Corpus], outside: Messages) -> Bank:
+        """Lays the material out, each arm measured against general requests and those from `outside`."""
+        far = [v.vectors for m in (messages.get(PROMPT, outside), outside) for v in m.views]
+        strangers = np.concatenate(far) if far else None
+        measured = {arm: m if arm == PROMPT else _against(m, strangers) for arm, m in messages.items()}
+        keys = [(arm, i) for arm, m in measured.items() for i in range(len(m.views))]
+        blocks = [measured[arm].views[i].vectors for arm, i in keys]
+        ends = np.cumsum([0, *(len(b) for b in blocks)]).tolist()
+        spans = {key: slice(*pair) for key, pair in zip(keys, pairwise(ends), strict=True)}
+        stack = np.concatenate(blocks) if blocks else np.zeros((0, 0), np.float32)
+        return cls(measured, {arm: c.against(strangers) for arm, c in corpora.items()}, stack, spans, outside)
+
+    def similarities(self, vectors: Vectors, own: Sequence[Own | None] = ()) -> Vectors:
+        """Cosines [rows, N] of unit vectors [rows, d] with all messages; a request and itself are -inf apart."""
+        if not len(self.stack):
+            return np.zeros((len(vectors), 0), np.float32)
+        cosines = vectors @ self.stack.T
+        for row, mine in enumerate(own):
+            if mine is None:
+                continue
+            views = self.messages[mine.arm].views
+            for i, view in enumerate(views):
+                if i == mine.view or len(view.vectors) == len(views[mine.view].vectors):
+                    cosines[row, self.spans[mine.arm, i].start + mine.row] = -np.inf
+        return cosines
+
+    def features(
+        self,
+        queries: Sequence[str],
+        cosines: Vectors,
+        found: Mapping[Arm, Sequence[Sequence[Passage]]],
+        own: Sequence[Own | None] = (),
+    ) -> dict[Arm, Numbers]:
+        """What each arm shows of each request: [rows, columns of its kind]. `found[corpus][row]` are passages."""
+        form = form_features(queries)
+        asked = [look(query) for query in queries]
+        out: dict[Arm, Numbers] = {PROMPT: general_features(self._of(PROMPT, cosines))}
+        for arm, m in self.messages.items():
+            if arm != PROMPT and m.views:
+                parts = [cosines[:, self.spans[arm, i]] for i in range(len(m.views))]
+                near = message_features(m.views, parts)
+                out[arm] = np.column_stack([np.ones(len(near)), near, self._wording(arm, asked, own)])
+        for arm, corpus in self.corpora.items():
+            rows = zip(queries, form, found[arm], strict=True)
+            out[arm] = np.stack([passage_features(corpus, q, f, p) for q, f, p in rows])
+        return out
+
+    def _wording(self, arm: Arm, asked: Sequence[Sequence[str]], own: Sequence[Own | None]) -> Numbers:
+        lexicon, general = self.messages[arm].lexicon, self.messages[PROMPT].lexicon
+        mine = (o is not None and o.arm == arm for _, o in zip_longest(asked, own))
+        rows = zip(asked, mine, strict=True)
+        return np.array([(*lexicon.familiarity(a, general, o), lexicon.oddity(a)) for a, o in rows])
+
+    def _of(self, arm: Arm, cosines: Vectors) -> Vectors:
+        span = self.spans.get((arm, 0))
+        return cosines[:, span] if span is not None else cosines[:, :0]
+
+    def neighbours(self, cosines: Vectors, k: int) -> list[tuple[Arm, str, float]]:
+        """The messages nearest to one request, from its cosines [N]: (arm, text, cosine), best first."""
+        if not len(cosines):
+            return []
+        twice = min(2 * k, len(cosines))  # the two views of one message are one neighbour
+        best = np.argpartition(-cosines, twice - 1)[:twice]
+        out: dict[tuple[Arm, str], float] = {}
+        for row in best[np.argsort(-cosines[best], kind="stable")]:
+            arm, view = next(key for key, span in self.spans.items() if span.start <= row < span.stop)
+            text = self.messages[arm].text(view, int(row) - self.spans[arm, view].start)
+            if text:
+                out.setdefault((arm, text), float(cosines[row]))
+        return [(arm, text, cosine) for (arm, text), cosine in out.items()][:k]
+
+    def nearness(self, arm: Arm, cosines: Vectors) -> float:
+        """The mean cosine of the five nearest messages of an arm to one request, in its better view."""
+        spans = [span for (owner, _), span in self.spans.items() if owner == arm]
+        return max((float(closeness(cosines[None, span])[1][0]) for span in spans), default=-1.0)
+
+
+def _against(messages: Messages, strangers: Vectors | None) -> Messages:
+    return replace(messages, views=tuple(view.against(strangers) for view in messages.views))

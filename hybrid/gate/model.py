@@ -1,0 +1,183 @@
+"""The gate itself: shared weights over what each arm shows of a request, and a softmax over the arms.
+
+A conditional logit (McFadden 1974): the utility of an arm is `weights[kind] · features(request, arm)`, and its
+probability the softmax over all arms. The weights belong to kinds of arms, not to arms, so arms come and go without
+retraining. Pure numpy.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hybrid.gate.bank import PASSAGE_SAMPLE, Bank, Messages, sample
+from hybrid.gate.features import COLUMNS, NEAREST, Corpus, Numbers, Search, Vectors
+from hybrid.types import PROMPT, Arm, Passage
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Weights:
+    """One weight a column of `features.COLUMNS`, by kind."""
+
+    by_kind: Mapping[str, Numbers]
+
+    def utility(self, arm: Arm, features: Numbers) -> Numbers:
+        """[rows] from [rows, columns]."""
+        return features @ self.by_kind[kind(arm)]
+
+
+#: where training starts from and what it is drawn towards: what fits most homes, before anything was learned here
+DEFAULT = Weights(
+    {
+        "messages": np.array([-6.0, 1.2, 0.7, 0.7, 0.6, 0.5, 0.5, -0.3]),
+        "passages": np.array([-6.0, 1.0, 0.5, 0.6, 0.8, 0.5, -0.5]),
+        "general": np.array([0.5, 0.5]),
+    }
+)
+assert all(len(DEFAULT.by_kind[k]) == len(columns) for k, columns in COLUMNS.items())  # noqa: S101
+
+
+def kind(arm: Arm) -> str:
+    """Which weights an arm shares."""
+    if arm == PROMPT:
+        return "general"
+    return "messages" if arm.adapter else "passages"
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What the gate says of one request. `by_arm` sums to one; `confidence` is the highest of them.
+
+    `why` says in words what each arm showed; `neighbours` are the training messages that lie nearest.
+    """
+
+    by_arm: Mapping[Arm, float]
+    why: Mapping[Arm, str] = field(default_factory=dict)
+    neighbours: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def confidence(self) -> float:
+        return max(self.by_arm.values(), default=0.0)
+
+    @classmethod
+    def only(cls, arms: Iterable[Arm]) -> Scores:
+        """The scores where there is nothing to choose between."""
+        arms = list(arms)
+        return cls({arm: 1 / len(arms) for arm in arms}, dict.fromkeys(arms, "no adapter or corpus is enrolled yet"))
+
+
+class Gate:
+    """Arms and weights. Enrolling and scoring may happen in different threads: a score uses one bank throughout."""
+
+    def __init__(self, weights: Weights = DEFAULT) -> None:
+        self.weights = weights
+        self.bank = Bank.of({PROMPT: Messages()}, {}, Messages())
+        self._lock = threading.Lock()
+
+    def enrol_general(self, texts: Sequence[str], vectors: Vectors) -> None:
+        """Teaches what general requests look like, the prototypes of `prompt`: texts and their unit vectors [n, d]."""
+        self._change({PROMPT: Messages.of(texts, vectors)})
+
+    def enrol_outside(self, texts: Sequence[str], vectors: Vectors) -> None:
+        """Gives training requests of many trades that belong to no arm: texts and their unit vectors [n, d]."""
+        with self._lock:
+            self.bank = Bank.of(self.bank.messages, self.bank.corpora, Messages.of(texts, vectors))
+
+    def enrol_adapter(
+        self,
+        name: str,
+        texts: Sequence[str],
+        vectors: Vectors,
+        bare: Vectors | None = None,
+        *,
+        corpus: str | None = None,
+    ) -> Arm:
+        """Makes an adapter routable by its training messages. Returns its arm.
+
+        `texts` are the full messages, `vectors` [n, d] their unit vectors, `bare` [m, d] those of the inputs without
+        the instruction. An adapter that was trained with passages names its `corpus`.
+        """
+        arm = Arm("adapter+rag", (name, corpus)) if corpus else Arm("adapter", (name,))
+        views = (vectors,) if bare is None else (vectors, bare)
+        self._change({arm: Messages.of(texts, *views)})
+        return arm
+
+    def enrol_corpus(
+        self, name: str, passages: Sequence[Passage], vectors: Vectors, search: Search | None = None
+    ) -> Arm:
+        """Makes a corpus routable. Returns its arm.
+
+        `passages` and their unit `vectors` [n, d] may be a sample; `search(vector, k)` asks all of the corpus, and
+        without it the sample is what is searched.
+        """
+        arm = Arm("rag", (name,))
+        kept = sample(len(passages), PASSAGE_SAMPLE)
+        rows = np.ascontiguousarray(vectors[kept], dtype=np.float32)
+        self._change(corpora={arm: Corpus.of([passages[i] for i in kept], rows, search)})
+        return arm
+
+    def forget(self, arm: Arm) -> None:
+        """Takes an arm away; one that is not enrolled is no error. `prompt` stays, its prototypes go."""
+        with self._lock:
+            messages = {a: m for a, m in self.bank.messages.items() if a != arm}
+            corpora = {a: c for a, c in self.bank.corpora.items() if a != arm}
+            self.bank = Bank.of(messages, corpora, self.bank.outside)
+
+    def arms(self) -> tuple[Arm, ...]:
+        """Every arm that can be chosen; `prompt` is always one."""
+        return (PROMPT, *(a for a in self.bank.messages if a != PROMPT), *self.bank.corpora)
+
+    def score(self, query: str, vector: Vectors, retrieved: Mapping[str, Sequence[Passage]] | None = None) -> Scores:
+        """Scores every arm for one request with its unit vector [d].
+
+        `retrieved` holds the best passages by corpus where they were searched already; the others are searched here.
+        """
+        bank, weights = self.bank, self.weights
+        given = retrieved or {}
+        found = {
+            arm: given[arm.args[0]] if arm.args[0] in given else corpus.retrieve(vector)
+            for arm, corpus in bank.corpora.items()
+        }
+        cosines = bank.similarities(vector[None, :])
+        features = bank.features([query], cosines, {arm: [p] for arm, p in found.items()})
+        utilities = np.array([weights.utility(arm, x)[0] for arm, x in features.items()])
+        chances = softmax(utilities)
+        return Scores(
+            dict(zip(features, chances.tolist(), strict=True)),
+            _reasons(bank, cosines[0], found),
+            tuple(
+                {"arm": str(arm), "text": text, "similarity": round(cosine, 4)}
+                for arm, text, cosine in bank.neighbours(cosines[0], NEAREST)
+            ),
+        )
+
+    def _change(
+        self, messages: Mapping[Arm, Messages] | None = None, corpora: Mapping[Arm, Corpus] | None = None
+    ) -> None:
+        with self._lock:
+            old = self.bank
+            self.bank = Bank.of({**old.messages, **(messages or {})}, {**old.corpora, **(corpora or {})}, old.outside)
+
+
+def softmax(utilities: Numbers) -> Numbers:
+    """Probabilities over the last axis; an arm at -inf gets none."""
+    odds = np.exp(utilities - utilities.max(axis=-1, keepdims=True))
+    return odds / odds.sum(axis=-1, keepdims=True)  # type: ignore[no-any-return]
+
+
+def _reasons(bank: Bank, cosines: Vectors, found: Mapping[Arm, Sequence[Passage]]) -> dict[Arm, str]:
+    out = {PROMPT: "nothing that was trained or indexed is nearer than general requests"}
+    for arm, messages in bank.messages.items():
+        if arm != PROMPT and messages.views:
+            count = min(NEAREST, len(messages.views[0].vectors))
+            near = bank.nearness(arm, cosines)
+            out[arm] = f"nearest to {count} training messages of {arm.adapter}, similarity {near:.2f}"
+    for arm, passages in found.items():
+        title = (passages[0].title or passages[0].id) if passages else ""
+        best = f"“{title}”, similarity {passages[0].score:.2f}" if passages else "none"
+        out[arm] = f"best passage of {arm.args[0]}: {best}"
+    return out

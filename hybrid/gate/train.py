@@ -1,0 +1,193 @@
+"""Trains the gate's shared weights from the arms' own material, with no labels but whose material it is.
+
+Rows are an arm's own messages (each left out of its own neighbours), general requests, and for a corpus questions
+made out of its passages. Each row is also shown with its owner taken away, and then belongs to `prompt`: that is how
+the gate learns what a stranger looks like. Newton's method on the penalised conditional logit (McFadden 1974).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hybrid.gate.bank import Bank, Own, sample
+from hybrid.gate.features import COLUMNS, Corpus, Embed, Numbers, Vectors
+from hybrid.gate.lexicon import bare_input, tokens
+from hybrid.gate.model import DEFAULT, Weights, kind, softmax
+from hybrid.types import PROMPT, Arm, Passage
+
+#: rows made in all, shared out among the arms
+_ROWS = 1200
+#: how strongly weights are drawn towards the defaults, in rows
+_PENALTY = 2.0
+#: a row whose owner is taken away is a stranger only while no other arm shows more than this of it (a probability under
+#: the defaults): two arms of one subject must not be taught to refuse each other's questions
+_KINDRED = 0.5
+_OPENINGS = ("who {}?", "what is {}?", "when did {}?", "how does {}?", "{}?", "{}", "{}", "tell me about {}", "{}")
+_PREFIXES = ("Answer briefly.\n\n", "Answer the question.\n\n", "Reply with a short phrase.\n\n")
+_TITLED, _PREFIXED, _FOREIGN = 0.5, 0.3, 0.3
+#: people put things in their own words: this share of the overlap of a made question is sure, the rest is chance
+_PARAPHRASED = 0.3
+_SENTENCE = re.compile(r"(?<=[.!?。])\s+")
+_TOKEN = re.compile(r"\w[\w'’-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One self-made example: a request, its vector [d], the arm it belongs to and, for messages, which one it is."""
+
+    query: str
+    vector: Vectors
+    arm: Arm
+    own: Own | None = None
+
+
+def train_gate(bank: Bank, embed: Embed) -> Weights:
+    """Weights fitted to what is enrolled; the defaults where there is nothing to tell apart.
+
+    `embed` gives unit vectors [n, d] for the questions made from passages. The same bank gives the same weights.
+    """
+    rows = list(_rows(bank, embed))
+    if len({row.arm for row in rows}) < 2:
+        return DEFAULT
+    features = _features(bank, rows)
+    arms = list(features)
+    label = np.array([arms.index(row.arm) for row in rows])
+    mistaken = _kindred(features, np.full(len(rows), -1)) & [row.arm == PROMPT and row.own is None for row in rows]
+    features, label = {arm: x[~mistaken] for arm, x in features.items()}, label[~mistaken]
+    open_ = np.ones((len(label), len(arms)), dtype=bool)
+    strangers = np.flatnonzero((label != arms.index(PROMPT)) & ~_kindred(features, label))
+    orphaned = open_[strangers].copy()
+    orphaned[np.arange(len(strangers)), label[strangers]] = False
+    return _newton(
+        {arm: np.concatenate([x, x[strangers]]) for arm, x in features.items()},
+        np.concatenate([open_, orphaned]),
+        np.concatenate([label, np.full(len(strangers), arms.index(PROMPT))]),
+    )
+
+
+def pseudo_questions(corpus: Corpus, n: int, seed: int = 0) -> list[tuple[str, Passage]]:
+    """`n` questions made from passages: some of the rarer words of a sentence, often with the title."""
+    rng = np.random.default_rng(seed)
+    passages = [p for p in corpus.passages if len(_TOKEN.findall(p.text)) > 3]
+    if not passages:
+        return []
+    chosen = [passages[i] for i in rng.integers(len(passages), size=n)]
+    return [(_question(corpus, passage, rng), passage) for passage in chosen]
+
+
+def _question(corpus: Corpus, passage: Passage, rng: np.random.Generator) -> str:
+    """Words of one sentence, and words of elsewhere: who asks does not know how the answer is put."""
+    spoken = _sentence(passage, rng)
+    rare = np.array([corpus.rarity.get(tokens(t)[0], 1.0) for t in spoken]) + 0.1
+    many = min(int(rng.integers(3, 9)), len(spoken))
+    picked = rng.choice(len(spoken), size=many, replace=False, p=rare / rare.sum())
+    chosen = [spoken[i] for i in np.sort(picked)]
+    for _ in range(round(_FOREIGN * many)):
+        elsewhere = _sentence(corpus.passages[rng.integers(len(corpus.passages))], rng)
+        chosen.insert(int(rng.integers(len(chosen) + 1)), elsewhere[rng.integers(len(elsewhere))])
+    text = " ".join(chosen).lower()
+    if passage.title and rng.random() < _TITLED:
+        text = f"{text} {passage.title}"
+    text = _OPENINGS[rng.integers(len(_OPENINGS))].format(text)
+    return (_PREFIXES[rng.integers(len(_PREFIXES))] if rng.random() < _PREFIXED else "") + text
+
+
+def _sentence(passage: Passage, rng: np.random.Generator) -> list[str]:
+    """The words of one sentence of a passage, or of its title where it has none."""
+    split = [_TOKEN.findall(s)[:40] for s in _SENTENCE.split(passage.text)]
+    split = [s for s in split if len(s) > 3] or [_TOKEN.findall(f"{passage.text} {passage.title}")[:40] or ["?"]]
+    return split[rng.integers(len(split))]
+
+
+def _asked(corpus: Corpus, n: int, embed: Embed) -> Iterator[tuple[str, Vectors]]:
+    """Pseudo-questions with their vectors; those that do not find their own passage are no questions to it
+    (round-trip consistency, Alberti et al. 2019, arXiv 1906.05416)."""
+    made = pseudo_questions(corpus, n)
+    vectors = embed([question for question, _ in made]) if made else ()
+    for (question, passage), vector in zip(made, vectors, strict=True):
+        if any(p.id == passage.id for p in corpus.nearest(vector @ corpus.vectors.T)):
+            yield question, vector
+
+
+def _rows(bank: Bank, embed: Embed) -> Iterator[Row]:
+    each = max(40, _ROWS // max(1, len(bank.messages) + len(bank.corpora)))
+    for arm, messages in bank.messages.items():
+        for v, view in enumerate(messages.views):
+            for i in sample(len(view.vectors), each // (1 if arm == PROMPT else len(messages.views))):
+                text = messages.text(v, int(i))
+                yield Row(bare_input(text) if v else text, view.vectors[i], arm, Own(arm, v, int(i)))
+    for view in bank.outside.views:
+        yield from (Row(q, v, PROMPT) for q, v in zip(bank.outside.texts, view.vectors, strict=True))
+    for arm, corpus in bank.corpora.items():
+        yield from (Row(question, vector, arm) for question, vector in _asked(corpus, each, embed))
+
+
+def _features(bank: Bank, rows: Sequence[Row]) -> dict[Arm, Numbers]:
+    vectors = np.stack([row.vector for row in rows])
+    found = {
+        arm: [corpus.nearest(cosines) for cosines in vectors @ corpus.vectors.T] for arm, corpus in bank.corpora.items()
+    }
+    own = [row.own for row in rows]
+    features = bank.features([row.query for row in rows], bank.similarities(vectors, own), found, own)
+    overlap = COLUMNS["passages"].index("overlap")
+    shares = np.random.default_rng(0).uniform(_PARAPHRASED, 1.0, len(rows))
+    for arm in bank.corpora:
+        mine = [row.arm == arm for row in rows]
+        features[arm][mine, overlap] *= shares[mine]
+    return features
+
+
+def _kindred(features: Mapping[Arm, Numbers], owner: np.ndarray[Any, np.dtype[np.intp]]) -> Any:
+    """[rows]: whether some arm other than the owner looks like a request's own, as the defaults see it."""
+    arms = list(features)
+    utility = np.column_stack([DEFAULT.utility(arm, x) for arm, x in features.items()])
+    narrow = np.array([arm != PROMPT for arm in arms])
+    rivals = narrow[None, :] & (np.arange(len(arms))[None, :] != owner[:, None])
+    return (
+        np.where(rivals, softmax(utility), 0.0).sum(axis=1)
+        / (1e-12 + np.where(rivals | ~narrow, softmax(utility), 0.0).sum(axis=1))
+    ) > _KINDRED
+
+
+def _newton(features: Mapping[Arm, Numbers], open_: Any, label: Any) -> Weights:
+    """The weights that make the labels likeliest. `open_` [rows, arms] says which arms a row may choose from."""
+    kinds = list(COLUMNS)
+    start = np.concatenate([DEFAULT.by_kind[k] for k in kinds])
+    design = np.zeros((*open_.shape, len(start)))
+    offsets = dict(zip(kinds, np.cumsum([0, *(len(COLUMNS[k]) for k in kinds)]), strict=False))
+    for a, (arm, x) in enumerate(features.items()):
+        first = offsets[kind(arm)]
+        design[:, a, first : first + x.shape[1]] = x
+    rows = np.arange(len(label))
+    importance = _balanced(label)
+    theta = start.copy()
+
+    def loss(at: Numbers) -> float:
+        chance = softmax(np.where(open_, design @ at, -np.inf))[rows, label]
+        return float(-(importance * np.log(chance + 1e-300)).sum() + _PENALTY / 2 * ((at - start) ** 2).sum())
+
+    for _ in range(30):
+        chance = softmax(np.where(open_, design @ theta, -np.inf))
+        expected = np.einsum("ra,rap->rp", chance, design)
+        gradient = importance @ (expected - design[rows, label]) + _PENALTY * (theta - start)
+        weighted = design * np.sqrt(importance[:, None] * chance)[:, :, None]
+        flat = weighted.reshape(-1, len(theta))
+        curvature = flat.T @ flat - (expected * importance[:, None]).T @ expected + _PENALTY * np.eye(len(theta))
+        step = np.linalg.solve(curvature, gradient)
+        size = next((s for s in (1.0, 0.5, 0.25, 0.1, 0.01) if loss(theta - s * step) < loss(theta)), 0.0)
+        theta = theta - size * step
+        if size * float(np.abs(step).max()) < 1e-4:
+            break
+    return Weights({k: theta[offsets[k] : offsets[k] + len(COLUMNS[k])] for k in kinds})
+
+
+def _balanced(label: Any) -> Numbers:
+    """Every arm's rows weigh the same together, with the number of rows as the total."""
+    counts = np.bincount(label)
+    present = int((counts > 0).sum())
+    return len(label) / present / counts[label]  # type: ignore[no-any-return]

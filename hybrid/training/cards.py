@@ -1,0 +1,44 @@
+"""The adapter's card as Hugging Face lays it out: `README.md` with YAML metadata, made from `card.json`'s facts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+
+def hub_card(name: str, card: Mapping[str, Any]) -> str:
+    """The README of an adapter folder."""
+    metadata = {
+        "library_name": "peft",
+        "base_model": card["base"],
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "hybrid"],
+        **({"license_name": card["license"], "license": "other"} if card["license"] else {}),
+    }
+    metrics, data, recipe = card["metrics"], card["data"], card["recipe"]
+    lines = [
+        "---",
+        yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip(),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"An adapter of `{card['base']}` (weights {card['base_sha256'][:12]}) for the task `{card['task']}`, "
+        f"trained with `{card['method']}`.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| rows | {metrics['train_rows']} trained on, {metrics['dev_rows']} measured on |",
+        f"| left out | {data['duplicates']} duplicates, {data['leaked']} also in dev or test, {data['bad']} unusable |",
+        f"| dev loss | {metrics['dev_loss']} nats a token |",
+        f"| compute | {metrics['steps']} steps, {metrics['tokens']} tokens, {metrics['seconds']} s |",
+        f"| rank, alpha | {recipe['rank']}, {recipe['alpha']:g} |",
+        f"| learning rate | {recipe['learning_rate']:g} |",
+        "",
+        "Meant for requests like those of its task, asked with the same instruction. Elsewhere it may be worse than "
+        "its base; the gate of `hybrid` routes by the nearness of a request to its training messages.",
+        "",
+    ]
+    return "\n".join(lines)
