@@ -230,9 +230,10 @@ async def test_A2_canary_finds_what_preflight_would_have(store, engine, base, tm
 async def test_A1_a_refused_stranger_never_reaches_the_engine_and_leaves_nothing(store, engine, base, tmp_path):
     loader = loader_for(store, engine, base)
     with pytest.raises(Refused, match="DoRA"):
-        await loader.adopt("bank", make_adapter(tmp_path / "bad", base, use_dora=True))
+        store.adopt("bank", make_adapter(tmp_path / "bad", base, use_dora=True), loader.inspect)
     assert store.versions() == []
-    assert (await loader.adopt("bank", make_adapter(tmp_path / "good", base))).state == "live"
+    version = store.adopt("bank", make_adapter(tmp_path / "good", base), loader.inspect)
+    assert (await loader.load_now(version.id)).state == "live"
 
 
 async def test_A3_fifty_bad_loads_disturb_nobody(store, engine, base):

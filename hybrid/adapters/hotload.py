@@ -14,8 +14,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from functools import partial
-from pathlib import Path
 from pathlib import Path
 from typing import Any
 
@@ -119,15 +117,6 @@ class HotLoader:
         self._start(version.id, self._admit(version) if pending else self._reload(version))
         # the flight goes on for the others when this caller is cancelled
         return await asyncio.shield(self._flights[version.id])
-
-    async def adopt(self, name: str, folder: Path) -> AdapterVersion:
-        """Takes a stranger's PEFT folder in as a new version of `name`, and goes on as `load_now`.
-
-        Preflight looks before the version exists, so a refused folder leaves nothing behind. Raises the same errors.
-        """
-        inspect = partial(check, base=self._base, max_rank=self._max_rank)
-        version = await asyncio.to_thread(self._store.adopt, name, folder, inspect)
-        return await self.load_now(version.id)
 
     def inspect(self, folder: Path) -> None:
         """Preflight of a folder that is no version yet. Raises Refused."""
