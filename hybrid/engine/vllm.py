@@ -126,6 +126,7 @@ class VllmEngine:
             "model": adapter or self.model,
             "prompt": prompt,
             "prompt_logprobs": 0,
+            "add_special_tokens": False,  # as the trainer counts: the text is all there is
             "max_tokens": 1,
             "temperature": 0,
         }
