@@ -253,6 +253,7 @@ async def test_A3_fifty_bad_loads_disturb_nobody(store, engine, base):
         store.publish(f"bad{i}", filling(base, **bad[i % len(bad)]))
     async with running(loader):
         await until(lambda: all(v.state == "rejected" for v in store.versions() if v.name != "good"))
+    await loader.settle()
     stop.set()
     await asyncio.gather(*streams)  # raises if any answer failed
     assert len(answers) > 50

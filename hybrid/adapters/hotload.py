@@ -5,7 +5,7 @@ Once a second it reads the store and starts a flight for every version that is n
     staged ─► preflight ─► Engine.load ─► canary ─► candidate ─► (alias rule) ─► live; the one before it drains
 
 The store is the truth and the engine forgets everything: what should be loaded and is not is loaded again, what was
-retired is unloaded when the last answer made with it has ended. Flights are apart: a bad or slow adapter delays none.
+retired or rejected is unloaded when no answer needs it. Flights are apart: a bad or slow adapter delays none.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class HotLoader:
         loaded = await self._engine.loaded()
         for version in self._store.versions():
             name = version.ref.engine_name
-            if version.state == "retired" and name in loaded and not self._in_use(name):
+            if version.state in ("retired", "rejected") and name in loaded and not self._in_use(name):
                 await self._engine.unload(name)
             elif version.state in PENDING and self._is_due(version.id):
                 self._start(version.id, self._admit(version))
@@ -147,7 +147,7 @@ class HotLoader:
         try:
             remark = await self._examine(version)
         except Refused as refusal:
-            await self._reject(version, refusal.message)
+            await self._mark(version, "rejected", refusal.message)
             raise
         except HybridError as error:
             await self._postpone(version, error)
@@ -182,16 +182,11 @@ class HotLoader:
         self._forgive(version.id)
         return version
 
-    async def _reject(self, version: AdapterVersion, reason: str) -> None:
-        await self._mark(version, "rejected", reason)
-        if version.ref.engine_name in await self._engine.loaded():
-            await self._engine.unload(version.ref.engine_name)
-
     async def _postpone(self, version: AdapterVersion, error: HybridError) -> None:
         """The engine failed, not the adapter, unless it keeps happening with this one."""
         failures = self._wait(version.id)
         if failures >= MAX_FAILURES:
-            await self._reject(version, f"the engine failed {failures} times while loading it: {error.message}")
+            await self._mark(version, "rejected", f"the engine failed {failures} times on it: {error.message}")
         elif self._store.resolve(version.id).state in PENDING:
             await self._mark(version, "staged", f"tried again soon: {error.message}")
 
