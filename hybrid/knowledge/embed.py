@@ -10,7 +10,10 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +33,7 @@ Encoding = list[int]
 #: tokens in one batch, padding included: enough to fill the cores, small enough to stay in their caches
 BATCH_TOKENS = 2048
 QUERY_CACHE = 4096
+CORES = os.cpu_count() or 1
 
 
 class Embedder:
@@ -39,8 +43,9 @@ class Embedder:
         self.path = path
         self.name = name
         self._loading = threading.Lock()
-        self._bulk = threading.Lock()
         self._loaded: Any = None
+        self._threads = 0  # what the rest of the process computes with
+        self._pool = ThreadPoolExecutor(CORES, "embed")
         self._cached_query = lru_cache(QUERY_CACHE)(self._embed_query)
 
     @property
@@ -64,13 +69,18 @@ class Embedder:
         """
         out = np.empty((len(texts), self.dim), np.float32)
         encodings = self._encode(texts)
+        running: deque[tuple[list[int], Future[Vectors]]] = deque()
         done = 0
-        for batch in _batches([len(e) for e in encodings]):
-            with self._bulk:  # two bulk jobs at once would only take the cores from one another
-                out[batch] = self._forward([encodings[i] for i in batch], threads=os.cpu_count() or 1)
-            done += len(batch)
-            if progress:
-                progress(done, len(texts))
+        for batch in (*_batches([len(e) for e in encodings]), None):
+            if batch:
+                running.append((batch, self._pool.submit(self._forward, [encodings[i] for i in batch])))
+            # few in flight: a second caller's batches are served in between, not after all of ours
+            while len(running) > (CORES if batch else 0):
+                rows, vectors = running.popleft()
+                out[rows] = vectors.result()
+                done += len(rows)
+                if progress:
+                    progress(done, len(texts))
         return out
 
     def embed_query(self, text: str) -> Vectors:
@@ -80,12 +90,20 @@ class Embedder:
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """How many tokens each text has, without the markers around it."""
-        tokenizer = self._model.tokenizer.backend_tokenizer
-        return [len(e.ids) for e in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [len(e.ids) for e in self._counter.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    @cached_property
+    def _counter(self) -> Any:
+        """The tokenizer without its limits: the model's own cuts and pads, and would call every long text short."""
+        from tokenizers import Tokenizer
+
+        counter = Tokenizer.from_str(self._model.tokenizer.backend_tokenizer.to_str())
+        counter.no_truncation()
+        counter.no_padding()
+        return counter
 
     def _embed_query(self, text: str) -> Vectors:
-        # one thread: the other core belongs to the engine, and waiting for it at every barrier costs more than it gives
-        vector: Vectors = self._forward(self._encode([text]), threads=1)[0].copy()
+        vector: Vectors = self._forward(self._encode([text]))[0].copy()
         vector.setflags(write=False)
         return vector
 
@@ -98,14 +116,12 @@ class Embedder:
         ]
         return ids
 
-    def _forward(self, encodings: Sequence[Encoding], *, threads: int) -> Vectors:
+    def _forward(self, encodings: Sequence[Encoding]) -> Vectors:
         """The model and what it pools with, over one padded batch; sums and norms in float32."""
         import torch
 
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
-        with torch.inference_mode():
-            model = self._model
+        model = self._model
+        with torch.inference_mode(), self._one_thread():
             features = model[0](_padded(encodings, model.tokenizer.pad_token_id or 0))
             features["token_embeddings"] = features["token_embeddings"].float()
             for module in list(model)[1:]:
@@ -113,11 +129,27 @@ class Embedder:
             pooled: Tensor = torch.nn.functional.normalize(features["sentence_embedding"].float(), dim=1)
             return pooled.numpy()
 
+    @contextmanager
+    def _one_thread(self) -> Iterator[None]:
+        """One core a batch. Cores that share a batch wait for one another at every product: with a core busy
+        elsewhere (the engine's) a query took 6 ms with one thread and 14 with two, and bulk work stood still.
+        """
+        import torch
+
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(self._threads)
+
     @property
     def _model(self) -> Any:
         if self._loaded is None:
             with self._loading:
                 if self._loaded is None:
+                    import torch
+
+                    self._threads = torch.get_num_threads()
                     self._loaded = _load(self.path)
         return self._loaded
 
@@ -150,11 +182,14 @@ def _weights(path: Path) -> list[Path]:
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Positions by falling length, cut so that a padded batch holds at most BATCH_TOKENS tokens."""
+    """Positions by falling length, cut so that a padded batch holds BATCH_TOKENS tokens at most, or every core's share
+    of a small lot.
+    """
+    room = min(BATCH_TOKENS, -(-sum(lengths) // CORES))
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
     while start < len(order):
-        size = max(1, BATCH_TOKENS // max(1, lengths[order[start]]))
+        size = max(1, room // max(1, lengths[order[start]]))
         yield order[start : start + size]
         start += size
 

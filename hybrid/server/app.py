@@ -6,6 +6,7 @@ import ipaddress
 import secrets
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 
 from hybrid import __version__
 from hybrid.gateway import Gateway
@@ -23,7 +24,7 @@ ROUTERS = (chat.router, models.router, adapters.router, decisions.router, health
 def create_app(gateway: Gateway, settings: Settings, *, token: str | None = None) -> FastAPI:
     """The app around a running gateway. `token` is an admin key that holds as long as this process (`server.json`)."""
     house = House(gateway, settings, Metrics(gateway.status), Traffic())
-    app = FastAPI(
+    app = FastAPIOffline(
         title="hybrid",
         version=__version__,
         description="OpenAI's API over one base model, many adapters and a gate; the model 'auto' lets it decide.",
