@@ -45,7 +45,7 @@ async def open_gateway(settings: Settings, progress: Progress | None = None) -> 
     embedding = await asyncio.to_thread(materialise, settings.embedder, settings.cache, progress)
     state = State(home.database)
     store = AdapterStore(home, state, model.sha256)
-    engine = await open_engine(settings, model, lambda: store.desired()[: settings.engine.max_cpu_loras])
+    engine = await open_engine(settings, model, lambda: store.desired(settings.engine.max_cpu_loras))
     embedder = Embedder(embedding.path, embedding.name)
     library = Library(home, embedder, settings.retrieval)
     shelves = Shelves(lambda: _example_folders(home, store), embedder, home.hidden / "cache")
@@ -62,6 +62,7 @@ async def open_gateway(settings: Settings, progress: Progress | None = None) -> 
         max_rank=settings.engine.max_lora_rank,
         on_change=reenrol,
         in_use=lambda name: gateway.in_use(name),
+        max_loaded=settings.engine.max_cpu_loras,
     )
     gateway = Gateway(
         settings,
