@@ -68,9 +68,9 @@ class RetrievalSettings(_Section):
     """How corpora are cut and searched."""
 
     top_k: int = Field(3, ge=1, le=50)
-    chunk_tokens: int = 200
+    chunk_tokens: int = Field(200, ge=16, description="a longer section is cut; the embedder's tokens")
     passage_budget_tokens: int = Field(1100, description="tokens of passages in one prompt at most")
-    embed_batch: int = 64
+    embed_batch: int = Field(512, ge=1, description="passages embedded and committed in one transaction")
 
 
 class GateSettings(_Section):
