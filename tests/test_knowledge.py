@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,20 @@ def test_vectors_are_those_of_the_reference_implementation(embedder: Embedder) -
 def test_a_cached_query_cannot_be_spoiled_by_its_reader(embedder: Embedder) -> None:
     with pytest.raises(ValueError, match="read-only"):
         embedder.embed_query("what time is it")[0] = 1.0
+
+
+def test_threads_do_not_disturb_one_another(embedder: Embedder) -> None:
+    fresh = Embedder(embedder.path, embedder.name)
+    long = "word " * 1000
+    texts = [f"{fact} {i}" for i in range(4) for fact in FACTS.values()]
+    expected = embedder.embed(texts)
+    with ThreadPoolExecutor(8) as pool:
+        bulk = [pool.submit(fresh.embed, texts) for _ in range(2)]
+        counts = [pool.submit(fresh.count_tokens, [long]) for _ in range(20)]
+        queries = list(pool.map(fresh.embed_query, texts))
+    assert all(count.result() == [1000] for count in counts)
+    for vectors in (queries, *(job.result() for job in bulk)):
+        assert (np.einsum("nd,nd->n", np.stack(vectors), expected) > 0.999).all()
 
 
 def test_bulk_progress_reaches_the_total(embedder: Embedder) -> None:

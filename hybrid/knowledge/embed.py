@@ -94,13 +94,26 @@ class Embedder:
 
     @cached_property
     def _counter(self) -> Any:
-        """The tokenizer without its limits: the model's own cuts and pads, and would call every long text short."""
+        return self._tokenizer(None)
+
+    @cached_property
+    def _reader(self) -> Any:
+        return self._tokenizer(self._model.max_seq_length)
+
+    def _tokenizer(self, limit: int | None) -> Any:
+        """The model's tokenizer without padding, cut at `limit`: one copy a purpose.
+
+        The model's own keeps its last cut as state, so a count after an encoding would call every long text short,
+        and threads would change it under one another.
+        """
         from tokenizers import Tokenizer
 
-        counter = Tokenizer.from_str(self._model.tokenizer.backend_tokenizer.to_str())
-        counter.no_truncation()
-        counter.no_padding()
-        return counter
+        tokenizer = Tokenizer.from_str(self._model.tokenizer.backend_tokenizer.to_str())
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        if limit is not None:
+            tokenizer.enable_truncation(limit)
+        return tokenizer
 
     def _embed_query(self, text: str) -> Vectors:
         vector: Vectors = self._forward(self._encode([text]))[0].copy()
@@ -108,13 +121,7 @@ class Embedder:
         return vector
 
     def _encode(self, texts: Sequence[str]) -> list[Encoding]:
-        if not texts:
-            return []
-        model = self._model
-        ids: list[Encoding] = model.tokenizer(list(texts), truncation=True, max_length=model.max_seq_length)[
-            "input_ids"
-        ]
-        return ids
+        return [encoding.ids for encoding in self._reader.encode_batch_fast(list(texts))]
 
     def _forward(self, encodings: Sequence[Encoding]) -> Vectors:
         """The model and what it pools with, over one padded batch; sums and norms in float32."""
