@@ -79,6 +79,7 @@ class GateSettings(_Section):
     deadline_ms: float = Field(50.0, description="a slower gate is not waited for")
     quality_cost: float = Field(0.7, ge=0, le=1, description="0 cheapest, 1 best")
     default_arm: str = Field("prompt", description="answers when the gate cannot")
+    abstain_below: float = Field(0.5, ge=0, le=1, description="a narrow arm less likely than this is not taken")
     few_shot_k: int = Field(4, ge=1, le=32)
 
 
@@ -146,6 +147,14 @@ class Settings(BaseSettings):
 def offline_environment() -> None:
     """No hub, no telemetry: set before a heavy library is imported, here and in every child."""
     os.environ.update(OFFLINE)
+
+
+def share_cores() -> None:
+    """Threads that wait sleep instead of spinning: set before torch is imported, by work that runs beside other work.
+
+    With one of two cores busy elsewhere a training step took 7 s spinning and 2 to 3 s sleeping.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 #: what every process of ours runs with

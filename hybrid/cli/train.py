@@ -11,14 +11,15 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
+from hybrid.adapters.hotload import worse
 from hybrid.adapters.preflight import check, read_base
 from hybrid.adapters.store import AdapterStore
 from hybrid.cli import reach
 from hybrid.cli.say import bar, data, say, words
-from hybrid.errors import EngineRejected, Refused
+from hybrid.errors import EngineRejected, NotReady, Refused
 from hybrid.knowledge.embed import Embedder
 from hybrid.models import ModelFiles, materialise
-from hybrid.settings import Settings, offline_environment
+from hybrid.settings import Settings, offline_environment, share_cores
 from hybrid.state import State
 from hybrid.training.recipes import parse_sets
 from hybrid.training.run import TrainResult
@@ -42,6 +43,7 @@ def train(
     """
     settings = Settings.load()
     offline_environment()
+    share_cores()
     overrides = parse_sets(set_ or []) | ({"method": method} if method else {})
     with bar() as step:
         model = materialise(settings.model, settings.cache, step)
@@ -58,39 +60,50 @@ def train(
             embedder=Embedder(embedding.path, embedding.name),
             model=model,
         )
-    promoted, reason = _hand_over(settings, store, result, model)
-    if json_:
-        data(
-            {
-                "adapter": result.adapter,
-                "version": result.version,
-                "path": str(result.path),
-                "metrics": dict(result.metrics),
-                "promoted": promoted,
-            }
-        )
-    say(f"{result.adapter}@{result.version}: dev loss {result.metrics['dev_loss']}, {reason}")
-    if not promoted:
-        raise typer.Exit(0 if "measured" in reason or "worse" in reason else 1)
-
-
-def _hand_over(settings: Settings, store: AdapterStore, result: TrainResult, model: ModelFiles) -> tuple[bool, str]:
-    """Gives the version to the running server, or settles it here. (whether the name means it now, why in words)"""
-    version_id = f"{result.adapter}@{result.version}"
-    server = reach.find(settings.rooms.server_file)
     try:
-        if server is not None:
-            asyncio.run(server.post("/v1/load_lora_adapter", {"lora_name": version_id}))
-        else:
-            check(result.path, read_base(model.path, model.sha256), settings.engine.max_lora_rank)
-            if store.alias(result.adapter) is None:
-                store.promote(result.adapter, result.version)
+        reason, code = _hand_over(settings, store, result, model), 0
     except (EngineRejected, Refused) as error:
-        return False, f"refused: {error.message}"
+        reason, code = f"refused: {error.message}", 1
     store.refresh()
-    if store.alias(result.adapter) == result.version:
-        return True, f"served as {result.adapter!r}" if server else "served from the next start of `hybrid serve`"
-    return False, store.resolve(version_id).reason or "measured when a server runs; the name stays where it is"
+    promoted = store.alias(result.adapter) == result.version
+    if json_:
+        told = {"adapter": result.adapter, "version": result.version, "path": str(result.path)}
+        data({**told, "metrics": dict(result.metrics), "promoted": promoted})
+    say(f"{result.adapter}@{result.version}: dev loss {result.metrics['dev_loss']}, {reason}")
+    raise typer.Exit(code)
+
+
+def _hand_over(settings: Settings, store: AdapterStore, result: TrainResult, model: ModelFiles) -> str:
+    """Gives the version to the running server, or settles it here; says in words what came of it.
+
+    Raises Refused, or EngineRejected with the server's reason.
+    """
+    server = reach.find(settings.rooms.server_file)
+    if server is None:
+        return _settle(settings, store, result, model)
+    version_id = f"{result.adapter}@{result.version}"
+    try:
+        asyncio.run(server.post("/v1/load_lora_adapter", {"lora_name": version_id}))
+    except NotReady:
+        return "published; the server loads it when it is ready"
+    except EngineRejected as error:
+        if error.status == NotReady.status:
+            return "published; the server loads it when its engine is ready"
+        raise
+    store.refresh()
+    return store.resolve(version_id).reason or f"served as {result.adapter!r}"
+
+
+def _settle(settings: Settings, store: AdapterStore, result: TrainResult, model: ModelFiles) -> str:
+    """The alias rule without an engine: preflight stands for all checks, since PEFT has read the adapter back."""
+    check(result.path, read_base(model.path, model.sha256), settings.engine.max_lora_rank)
+    version = store.resolve(f"{result.adapter}@{result.version}")
+    store.mark(version.id, "candidate", "checked by preflight and PEFT; no engine was running")
+    live = store.alias(result.adapter)
+    if live is not None and (reason := worse(version, store.resolve(f"{result.adapter}@{live}"))):
+        return reason
+    store.promote(result.adapter, result.version)
+    return "served from the next start of `hybrid serve`"
 
 
 @contextmanager

@@ -1,4 +1,9 @@
-"""Rows as tokens: exactly the tokens that vLLM's chat endpoint will see, with the loss on the answer alone."""
+"""Rows as token ids, and the layout that makes training them cheap.
+
+A batch is one sequence: the tokens that all its prompts begin with, once, then every row's own tokens, padded to the
+longest of them. Rows see the shared beginning and themselves, never one another, so the loss is exactly that of the
+rows trained one by one, while a task's instruction is computed once a batch instead of once a row.
+"""
 
 from __future__ import annotations
 
@@ -7,78 +12,140 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hybrid.errors import DataError
+from hybrid.errors import DataError, SetupError
 from hybrid.training.formats import Example
+from hybrid.types import Message
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: tokens of one forward pass at most, shared beginning and padding included: bounds the memory of a step
+PACK_TOKENS = 1024
+#: rows are sorted by length within this many batches: little padding, and an order that is still random
+WINDOW = 16
+
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One example as token ids: `prompt` is what is asked, `answer` what is learned, its end mark included."""
+class Encoded:
+    """One example as token ids. `answer` ends with the token that ends a turn."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
 
-    def __len__(self) -> int:
+    @property
+    def length(self) -> int:
+        """Tokens of the row as it would stand alone."""
         return len(self.prompt) + len(self.answer)
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """Padded rows. `ids`, `mask` are int64 [rows, longest]; `at` [n, 2] says where (row, position) an answer token is
-    predicted, `labels` [n] which token it is."""
+class Pack:
+    """One forward pass, T = prefix + rows · width tokens.
+
+    `ids`, `positions` [1, T]; `mask` [1, 1, width, prefix + width], 0 where a token may look and -inf where not;
+    `keep` [A] the places whose logits predict an answer token; `targets` [A] those tokens; `owners` [A] their rows.
+    """
 
     ids: Tensor
+    positions: Tensor
     mask: Tensor
-    at: Tensor
-    labels: Tensor
+    keep: Tensor
+    targets: Tensor
+    owners: Tensor
+    prefix: int
+    rows: int
     tokens: int
 
 
-def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> tuple[list[Row], int]:
-    """The rows that fit `max_length` tokens, and how many did not. Raises DataError when none does.
-
-    The chat template is the model's own, with its generation prompt, as the server applies it.
-    """
-    end = tokenizer.eos_token_id
-    rows: list[Row] = []
-    for example in examples:
-        text = tokenizer.apply_chat_template(
-            [message.wire() for message in example.messages], add_generation_prompt=True, tokenize=False
-        )
-        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
-        answer = tokenizer(example.answer, add_special_tokens=False)["input_ids"]
-        rows.append(Row(tuple(prompt), (*answer, end)))
-    kept = [row for row in rows if len(row) <= max_length]
-    if not kept:
-        raise DataError(f"No row fits max_length={max_length} tokens; raise it with --set max_length=…")
-    return kept, len(rows) - len(kept)
+def render(tokenizer: Any, messages: Sequence[Message]) -> str:
+    """The prompt as the engine's chat endpoint makes it: the model's own template, ready for the answer."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise SetupError("The base model has no chat template, so it cannot be served as a chat; choose another model.")
+    wire = [{"role": message.role, "content": message.text} for message in messages]
+    return str(tokenizer.apply_chat_template(wire, tokenize=False, add_generation_prompt=True))
 
 
-def batches(rows: Sequence[Row], size: int, rng: random.Random) -> Iterator[list[Row]]:
-    """One epoch: rows of like length together (little padding), the batches in random order."""
-    noisy = sorted(rows, key=lambda row: len(row) + rng.random() * 8)
-    cut = [list(noisy[i : i + size]) for i in range(0, len(noisy), size)]
-    rng.shuffle(cut)
-    yield from cut
+def end_of_turn(tokenizer: Any, eos: Sequence[int]) -> int:
+    """The token that ends an answer: what the template writes after one, if the engine stops there."""
+    turn = [Message("user", "a"), Message("assistant", "b")]
+    wire = [{"role": message.role, "content": message.text} for message in turn]
+    text = str(tokenizer.apply_chat_template(wire, tokenize=False))
+    after: list[int] = tokenizer(text[text.rindex("b") + 1 :], add_special_tokens=False)["input_ids"]
+    stops = [token for token in after if token in eos]
+    return stops[0] if stops else int(tokenizer.eos_token_id)
 
 
-def collate(rows: Sequence[Row], pad: int) -> Batch:
-    """Pads rows on the right. The last answer token predicts nothing and is left out."""
+def encode(
+    tokenizer: Any, examples: Sequence[Example], *, end: int, max_length: int
+) -> tuple[list[Encoded], list[Example]]:
+    """The rows that fit `max_length` tokens, and the examples that do not. Raises DataError when none fits."""
+    prompts = [render(tokenizer, example.messages) for example in examples]
+    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    answer_ids = tokenizer([example.answer for example in examples], add_special_tokens=False)["input_ids"]
+    rows = [Encoded(tuple(p), (*a, end)) for p, a in zip(prompt_ids, answer_ids, strict=True)]
+    fitting = [row for row in rows if row.length <= max_length]
+    if not fitting:
+        raise DataError(f"No row fits {max_length} tokens; raise max_length or shorten the rows.")
+    return fitting, [e for e, row in zip(examples, rows, strict=True) if row.length > max_length]
+
+
+def batches(rows: Sequence[Encoded], size: int, seed: int) -> Iterator[list[Encoded]]:
+    """Batches of `size` rows of like length, for ever: a new order each epoch, the same for the same seed."""
+    rng = random.Random(seed)
+    while True:
+        order = list(rows)
+        rng.shuffle(order)
+        for start in range(0, len(order), size * WINDOW):
+            window = sorted(order[start : start + size * WINDOW], key=lambda row: row.length)
+            cut = [window[n : n + size] for n in range(0, len(window), size)]
+            rng.shuffle(cut)
+            yield from cut
+
+
+def packs(rows: Sequence[Encoded], limit: int = PACK_TOKENS) -> Iterator[Pack]:
+    """The rows in as many forward passes as `limit` tokens ask for; a row that is longer than that goes alone."""
+    left = sorted(rows, key=lambda row: row.length)
+    while left:
+        prefix = _shared(left)
+        take = 1
+        while take < len(left) and prefix + (take + 1) * (left[take].length - 1 - prefix) <= limit:
+            take += 1
+        # shares of like size: sixteen rows that need two passes are eight and eight
+        take = -(-len(left) // -(-len(left) // take))
+        yield _pack(left[:take])
+        left = left[take:]
+
+
+def _shared(rows: Sequence[Encoded]) -> int:
+    """How many tokens all prompts begin with; the last one stays each row's own, because it predicts the answer."""
+    low, high = min(row.prompt for row in rows), max(row.prompt for row in rows)  # what these share, all share
+    limit = min(len(row.prompt) for row in rows) - 1
+    return next((n for n in range(limit) if low[n] != high[n]), limit)
+
+
+def _pack(rows: Sequence[Encoded]) -> Pack:
     import torch
 
-    longest = max(len(row) for row in rows) - 1
-    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    at: list[tuple[int, int]] = []
-    labels: list[int] = []
-    for i, row in enumerate(rows):
-        tokens = (*row.prompt, *row.answer)[:-1]
-        ids[i, : len(tokens)] = torch.tensor(tokens)
-        mask[i, : len(tokens)] = 1
-        first = len(row.prompt) - 1
-        at += [(i, first + k) for k in range(len(row.answer))]
-        labels += row.answer
-    return Batch(ids, mask, torch.tensor(at), torch.tensor(labels), sum(len(row) for row in rows))
+    prefix = _shared(rows)
+    width = max(row.length for row in rows) - 1 - prefix
+    ids = list(rows[0].prompt[:prefix])
+    keep: list[int] = []
+    for row in rows:
+        own = [*row.prompt[prefix:], *row.answer[:-1]]  # the last token predicts nothing
+        first = len(ids) + len(row.prompt) - prefix - 1
+        keep += range(first, first + len(row.answer))
+        ids += own + [0] * (width - len(own))
+    positions = [*range(prefix), *list(range(prefix, prefix + width)) * len(rows)]
+    ahead = torch.arange(prefix + width)[None] > prefix + torch.arange(width)[:, None]
+    owners = [n for n, row in enumerate(rows) for _ in row.answer]
+    return Pack(
+        ids=torch.tensor([ids]),
+        positions=torch.tensor([positions]),
+        mask=torch.zeros(ahead.shape).masked_fill_(ahead, float("-inf"))[None, None],
+        keep=torch.tensor(keep),
+        targets=torch.tensor([token for row in rows for token in row.answer]),
+        owners=torch.tensor(owners),
+        prefix=prefix,
+        rows=len(rows),
+        tokens=sum(row.length for row in rows),
+    )

@@ -1,4 +1,4 @@
-"""The adapter's card as Hugging Face lays it out: `README.md` with YAML metadata, made from `card.json`'s facts."""
+"""The adapter's papers: what `card.json` says, and the same as Hugging Face lays it out, `README.md`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,31 @@ from collections.abc import Mapping
 from typing import Any
 
 import yaml
+
+from hybrid.training.job import Fitted, Job
+
+
+def adapter_card(job: Job, fitted: Fitted, more: Mapping[str, Any]) -> dict[str, Any]:
+    """What `card.json` says of a run; the store adds name, version, hash and date."""
+    data = job.data
+    return {
+        "task": data.name,
+        "method": job.recipe.method,
+        "recipe": job.recipe.model_dump(mode="json"),
+        "base": job.model.name,
+        "base_sha256": job.model.sha256,
+        "metrics": {**fitted.metrics, "dev_sha256": data.dev_sha256},
+        "data": {**data.counts.wire(), "train_sha256": data.train_sha256, "complaints": list(data.counts.complaints)},
+        "rank": job.recipe.rank,
+        "examples": len(data.train),
+        "curve": [dict(point) for point in fitted.curve],
+        "metric": data.metric,
+        "instruction": data.instruction,
+        "labels": list(data.labels),
+        "license": data.license,
+        "source": data.source,
+        **more,
+    }
 
 
 def hub_card(name: str, card: Mapping[str, Any]) -> str:

@@ -1,229 +1,174 @@
-"""`lora`: low-rank adapters on the linear layers (Hu et al. 2021, arXiv 2106.09685), by PEFT, in bfloat16.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) on the linear layers of a causal language model.
 
-The base stays frozen in bfloat16, the adapter's own matrices in float32. Logits are computed only where an answer
-token is predicted: with a vocabulary of tens of thousands they would otherwise cost more than the model.
+PEFT makes the layers, names them and saves them; the forward and backward of a step are `kernels.py`'s.
 """
 
 from __future__ import annotations
 
-import math
-import random
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import logging
+import resource
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from hybrid.errors import BadRequest, HybridError, SetupError
 from hybrid.models import ModelFiles
-from hybrid.training.batches import Batch, Row, batches, collate
-from hybrid.training.fused import register_fused_lora
+from hybrid.training.batches import Encoded, Pack, encode, end_of_turn, render
+from hybrid.training.data import BAD_LIMIT, DEV_LIMIT, Dataset
+from hybrid.training.job import Fitted, Job
+from hybrid.training.kernels import ATTENTION, fast_linear, shared_prefix_attention
+from hybrid.training.loop import Forward, measure, optimise
 from hybrid.training.recipes import Recipe
 
-#: what a progress callback is told, after every step
-Progress = Callable[..., None]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger("hybrid.training")
+#: mean difference in nats a token that rounding may make between the trained adapter and what PEFT reads back
+READ_BACK = 0.1
 
 
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """A finished run: the PEFT model with its best weights, and what was measured."""
-
-    model: Any
-    dev_loss: float
-    train_loss: float
-    steps: int
-    tokens: int
-    seconds: float
-    curve: tuple[dict[str, float], ...]
-
-
-def train_lora(
-    model: ModelFiles, recipe: Recipe, rows: Sequence[Row], dev: Sequence[Row], pad: int, progress: Progress
-) -> Trained:
-    """Trains to the end of the recipe or until the dev loss stops falling; the best measurement's weights are kept."""
+def fit(job: Job) -> Fitted:
+    """Trains an adapter. Raises DataError for rows that do not fit, BadRequest for a recipe that cannot work."""
     import torch
 
-    torch.manual_seed(recipe.seed)
-    peft_model = _wrap(model.path, recipe)
-    run = _Run(peft_model, recipe, pad, progress, total=_total_steps(recipe, len(rows)))
-    began = time.monotonic()
-    rng = random.Random(recipe.seed)
-    every = recipe.eval_every or max(1, math.ceil(run.steps_per_epoch(len(rows)) / 2))
-    best = _Best(recipe.patience)
-    for batch in _forever(rows, recipe.batch_size, rng):
-        run.learn(batch)
-        if run.at_step and (run.step % every == 0 or run.done):
-            best.offer(run.measure(dev), peft_model)
-        if run.done or (recipe.early_stop and best.stalled):
-            break
-    best.restore(peft_model)
-    seconds = time.monotonic() - began
-    return Trained(peft_model, best.loss, run.loss, run.step, run.tokens, seconds, tuple(run.curve))
+    torch.manual_seed(job.recipe.seed)
+    base, tokenizer = load_base(job.model, job.recipe.precision)
+    train, dev = encoded(tokenizer, job.data, job.recipe, stops(base))
+    model = _adapted(base, job.recipe, job.model.name)
+    forward = forward_of(model)
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    report = optimise(forward, weights, train, dev, job.recipe, job.progress)
+    model.eval()
+    final = measure(forward, dev)
+    sample = min(job.data.dev, key=lambda example: len(example.question))
+    text = render(tokenizer, sample.messages) + sample.answer
+    metrics = {
+        "dev_loss": round(final.loss, 5),
+        "dev_token_accuracy": round(final.token_accuracy, 4),
+        "dev_exact": round(final.exact, 4),
+        "dev_rows": len(dev),
+        "train_loss": round(report.train_loss, 5),
+        "train_rows": len(train),
+        "trained_parameters": sum(weight.numel() for weight in weights),
+        "tokens": report.tokens,
+        "seconds": round(report.seconds, 1),
+        "tokens_per_s": round(report.tokens / report.seconds, 1),
+        "steps": report.steps,
+        "best_step": report.best_step,
+        "stopped_early": report.stopped_early,
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+    return Fitted(metrics, report.curve, lambda folder: _save(model, tokenizer, text, folder))
 
 
-def _forever(rows: Sequence[Row], size: int, rng: random.Random) -> Iterator[list[Row]]:
-    """Epoch after epoch of batches; the run says when it is done."""
-    while True:
-        yield from batches(rows, size, rng)
+def load_base(files: ModelFiles, precision: str) -> tuple[Any, Any]:
+    """(model, tokenizer) in the precision of the recipe. Raises SetupError when transformers cannot open it."""
+    import torch
+    from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # ours is the only one
+    AttentionInterface.register(ATTENTION, shared_prefix_attention)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(files.path, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            files.path, dtype=getattr(torch, precision), attn_implementation=ATTENTION, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise SetupError(f"The base model {files.name} cannot be opened for training: {error}.") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False), tokenizer
 
 
-def _total_steps(recipe: Recipe, rows: int) -> int:
-    steps = math.ceil(math.ceil(rows / recipe.batch_size) / recipe.accumulate * recipe.epochs)
-    return max(1, min(steps, recipe.max_steps or steps))
+def stops(model: Any) -> list[int]:
+    """The tokens at which the engine ends an answer."""
+    found = model.generation_config.eos_token_id if model.generation_config else None
+    found = found if found is not None else model.config.eos_token_id
+    return found if isinstance(found, list) else [found]
 
 
-def _wrap(path: Path, recipe: Recipe) -> Any:
+def encoded(tokenizer: Any, data: Dataset, recipe: Recipe, eos: Sequence[int]) -> tuple[list[Encoded], list[Encoded]]:
+    """Training and dev rows as token ids. Raises DataError when more than 5 % of the rows are too long."""
+    end = end_of_turn(tokenizer, eos)
+    found = []
+    for examples in (data.train, data.dev[:DEV_LIMIT]):
+        rows, long = encode(tokenizer, examples, end=end, max_length=recipe.max_length)
+        if long:
+            named = ", ".join(example.id for example in long[:5])
+            told = f"{len(long)} of {len(examples)} rows are longer than {recipe.max_length} tokens ({named}, …)"
+            if len(long) > BAD_LIMIT * len(examples):
+                raise BadRequest(f"{told}; raise max_length, or shorten them.", param="max_length")
+            log.warning("%s and are left out.", told)
+        found.append(rows)
+    return found[0], found[1]
+
+
+def forward_of(model: Any) -> Forward:
+    """The model as a function from a pack to the logits [A, vocabulary] of its answer places."""
+
+    def forward(pack: Pack) -> Tensor:
+        out = model(
+            input_ids=pack.ids,
+            attention_mask=pack.mask.to(model.dtype),
+            position_ids=pack.positions,
+            logits_to_keep=pack.keep,
+            use_cache=False,
+            prefix=pack.prefix,
+            rows=pack.rows,
+        )
+        logits: Tensor = out.logits[0]
+        return logits
+
+    return forward
+
+
+def _adapted(base: Any, recipe: Recipe, name: str) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
-    base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", local_files_only=True)
-    targets: Any = list(recipe.target_modules)
+    targets = list(recipe.target_modules)
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
         task_type="CAUSAL_LM",
     )
-    if not recipe.dropout:
-        register_fused_lora(config)
-    wrapped = get_peft_model(base, config)
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    wrapped.train()
-    return wrapped
+    config._register_custom_module({torch.nn.Linear: fast_linear()})
+    try:
+        model = get_peft_model(base, config)
+    except ValueError as error:
+        raise BadRequest(f"target_modules: {error}", param="target_modules") from error
+    config.base_model_name_or_path = name  # PEFT puts the folder of this machine there
+    return model.train()
 
 
-def answer_loss(model: Any, batch: Batch) -> Any:
-    """The summed cross-entropy of the answer tokens, nats: hidden states everywhere, logits only where needed."""
-    import torch
+def _save(model: Any, tokenizer: Any, text: str, folder: Path) -> dict[str, Any]:
+    """Saves, reads back with PEFT alone, and records its log-probabilities for the engine's canary."""
+    from peft import PeftModel
 
     base = model.get_base_model()
-    hidden = base.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).last_hidden_state
-    logits = base.lm_head(hidden[batch.at[:, 0], batch.at[:, 1]])
-    return torch.nn.functional.cross_entropy(logits.float(), batch.labels, reduction="sum")
-
-
-class _Best:
-    """The adapter weights of the lowest dev loss so far, and how long ago that was."""
-
-    def __init__(self, patience: int) -> None:
-        self.loss = math.inf
-        self._patience = patience
-        self._since = 0
-        self._weights: dict[str, Any] = {}
-
-    @property
-    def stalled(self) -> bool:
-        return self._since >= self._patience
-
-    def offer(self, loss: float, model: Any) -> None:
-        if loss < self.loss:
-            self.loss, self._since = loss, 0
-            self._weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-        else:
-            self._since += 1
-
-    def restore(self, model: Any) -> None:
-        for name, parameter in model.named_parameters():
-            if name in self._weights:
-                parameter.data.copy_(self._weights[name])
-
-
-class _Run:
-    """The optimiser's state and the clock."""
-
-    def __init__(self, model: Any, recipe: Recipe, pad: int, progress: Progress, total: int) -> None:
-        import torch
-
-        self._model = model
-        self._recipe = recipe
-        self._pad = pad
-        self._progress = progress
-        self._total = total
-        self._trainable = [p for p in model.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(
-            self._trainable, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, foreach=True
+    base.set_attn_implementation("sdpa")
+    trained = _logprobs(model, tokenizer, text)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    dtype = base.dtype
+    plain = PeftModel.from_pretrained(model.unload(), str(folder)).to(dtype).eval()
+    read = _logprobs(plain, tokenizer, text)
+    apart = float((trained - read).abs().mean())
+    if not apart <= READ_BACK:
+        raise HybridError(
+            f"The saved adapter answers differently from the trained one ({apart:.3f} nats a token); nothing was "
+            "published. Train with --set precision=float32, and report this base model."
         )
-        self._began = time.monotonic()
-        self._pending = 0
-        self._sums = (0.0, 0)
-        self.step = 0
-        self.tokens = 0
-        self.loss = math.nan
-        self.dev_loss = math.nan
-        self.curve: list[dict[str, float]] = []
+    return {"canary": {"prompt": text, "logprobs": [round(value, 5) for value in read.tolist()]}}
 
-    @property
-    def done(self) -> bool:
-        return self.step >= self._total
 
-    @property
-    def at_step(self) -> bool:
-        """Whether the last batch completed an optimiser step."""
-        return self._pending == 0
+def _logprobs(model: Any, tokenizer: Any, text: str) -> Tensor:
+    """The log-probability of each token of `text` but the first, float32 [n - 1]."""
+    import torch
 
-    def steps_per_epoch(self, rows: int) -> float:
-        return math.ceil(rows / self._recipe.batch_size) / self._recipe.accumulate
-
-    def learn(self, rows: Sequence[Row]) -> None:
-        """One batch; every `accumulate` batches an optimiser step."""
-        import torch
-
-        batch = collate(rows, self._pad)
-        loss = answer_loss(self._model, batch)
-        (loss / (len(batch.labels) * self._recipe.accumulate)).backward()
-        self.tokens += batch.tokens
-        self._sums = (self._sums[0] + float(loss.detach()), self._sums[1] + len(batch.labels))
-        self._pending += 1
-        if self._pending < self._recipe.accumulate:
-            return
-        self._pending = 0
-        torch.nn.utils.clip_grad_norm_(self._trainable, 1.0)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._recipe.learning_rate * self._schedule()
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.loss = self._sums[0] / self._sums[1]
-        self._sums = (0.0, 0)
-        self._tell()
-
-    def _schedule(self) -> float:
-        """Linear warm-up, then a cosine to a tenth."""
-        warm = max(1, round(self._total * self._recipe.warmup_ratio))
-        if self.step < warm:
-            return (self.step + 1) / warm
-        done = (self.step - warm) / max(1, self._total - warm)
-        return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
-
-    def measure(self, dev: Sequence[Row]) -> float:
-        """The mean loss of an answer token on the dev rows, nats."""
-        import torch
-
-        self._model.eval()
-        total, count = 0.0, 0
-        ordered = sorted(dev, key=len)
-        with torch.inference_mode():
-            for i in range(0, len(ordered), 2 * self._recipe.batch_size):
-                batch = collate(ordered[i : i + 2 * self._recipe.batch_size], self._pad)
-                total += float(answer_loss(self._model, batch))
-                count += len(batch.labels)
-        self._model.train()
-        self.dev_loss = total / count
-        self.curve.append({"step": self.step, "train_loss": self.loss, "dev_loss": self.dev_loss})
-        self._tell()
-        return self.dev_loss
-
-    def _tell(self) -> None:
-        spent = time.monotonic() - self._began
-        self._progress(
-            step=self.step,
-            steps=self._total,
-            loss=round(self.loss, 4),
-            tokens_per_s=round(self.tokens / spent, 1),
-            eta_s=round(spent / max(1, self.step) * (self._total - self.step), 1),
-            **({} if math.isnan(self.dev_loss) else {"dev_loss": round(self.dev_loss, 4)}),
-        )
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    found: Tensor = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    return found.cpu()
