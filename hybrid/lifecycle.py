@@ -59,7 +59,7 @@ class Quickstart:
         """Does what is left to do, once. A failure of one job is recorded and the next goes on."""
         for folder in sorted(self._home.index.glob("*/documents")):
             await self._index(folder.parent.name, folder)
-        while not self._ready():
+        while not self._ready():  # noqa: ASYNC110  readiness is asked of the engine, nothing announces it
             await asyncio.sleep(IDLE_S)
         for recipe in sorted(self._home.adapters.glob("*/recipe.toml")):
             name = recipe.parent.name

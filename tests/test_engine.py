@@ -10,7 +10,6 @@ import itertools
 import json
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing
@@ -19,12 +18,12 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
+from conftest import Served
 from hypothesis import given
 from hypothesis import strategies as st
 from peft_kit import write_adapter
 
 from hybrid.engine import Engine
-from hybrid.engine.open import open_engine
 from hybrid.engine.transport import Transport
 from hybrid.engine.vllm import VllmEngine
 from hybrid.engine.wire import read_events
@@ -65,26 +64,12 @@ def scripted_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]
 
 
 @pytest.fixture(scope="session")
-def real_engine_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """A managed vLLM with the default model, kept by a loop in a thread of its own."""
-    settings = Settings.load(home=tmp_path_factory.mktemp("home"))
+def real_engine_server(real_server: Served) -> Place:
+    """The managed vLLM behind the run's one real server, by its private socket."""
+    settings = Settings.load(home=real_server.home)
     model = materialise(settings.model, settings.cache)
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-
-    def on_loop(work):
-        return asyncio.run_coroutine_threadsafe(work, loop).result()
-
-    engine = on_loop(open_engine(settings, model, lambda: ()))
-    while not engine.status().ready:
-        assert engine.status().restarts == 0, engine.status()
-        time.sleep(0.5)
     folder = json.loads((settings.rooms.hidden / "engine.json").read_text())["folder"]
-    yield Place(f"unix:{folder}/engine.sock", model.name, model.path)
-    on_loop(engine.close())
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
+    return Place(f"unix:{folder}/engine.sock", model.name, model.path)
 
 
 @pytest.fixture(params=["scripted", pytest.param("vllm", marks=pytest.mark.vllm)])

@@ -104,7 +104,7 @@ def test_rooms_of_artefacts_hold_no_code() -> None:
 
 def test_importing_hybrid_is_light() -> None:
     heavy = ("torch", "vllm", "gradio", "transformers", "faiss", "sentence_transformers", "peft", "sklearn")
-    probe = f"import sys, hybrid, hybrid.types, hybrid.gateway, hybrid.cli; print([m for m in {heavy!r} if m in sys.modules])"
+    probe = f"import sys, hybrid.gateway, hybrid.cli; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
