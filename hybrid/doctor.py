@@ -15,7 +15,7 @@ from importlib.util import find_spec
 import psutil
 
 from hybrid.errors import HybridError
-from hybrid.models import materialise
+from hybrid.models import materialise, verify
 from hybrid.settings import Settings
 
 GIB = 1 << 30
@@ -105,6 +105,7 @@ def _models(settings: Settings) -> Iterator[Finding]:
     for name, source in (("model", settings.model), ("embedder", settings.embedder)):
         try:
             files = materialise(source, settings.cache, None)
+            verify(files)
             yield Finding(name, "ok", f"{files.name} {files.sha256[:12]}")
         except HybridError as error:
             yield Finding(name, "bad", source, error.message)

@@ -90,6 +90,7 @@ class Gateway:
             shelves=self.shelves.select,
             count_tokens=self._count_tokens,
             adapters={decision.arm.adapter: version.ref.engine_name} if version and decision.arm.adapter else {},
+            instruction=_instruction(version) if decision.chosen_by == "gate" else "",
             cache_salt=self._salt(request.caller),
         )
         with self._using(version):
@@ -273,3 +274,7 @@ class Gateway:
         ok, phase, detail = self.ready()
         if not ok:
             raise NotReady(f"Not ready: {phase}. {detail}".strip() + " Try again shortly; /readyz tells when.")
+
+
+def _instruction(version: AdapterVersion | None) -> str:
+    return str(version.card.get("instruction", "")) if version else ""

@@ -22,6 +22,14 @@ def task_message(instruction: str, text: str) -> str:
     return f"{instruction}\n\n{text}" if instruction else text
 
 
+def instructed(messages: Sequence[Message], instruction: str) -> tuple[Message, ...]:
+    """The conversation with a task's instruction before its last user message, unless it is somewhere in it already."""
+    if not instruction or any(instruction in message.text for message in messages):
+        return tuple(messages)
+    last = next((m for m in reversed(messages) if m.role == "user"), None)
+    return replace_last_user(messages, task_message(instruction, last.text)) if last else tuple(messages)
+
+
 def clean(text: str) -> str:
     """Text from outside, without characters that a reader cannot see."""
     return _INVISIBLE.sub("", unicodedata.normalize("NFC", text))

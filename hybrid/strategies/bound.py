@@ -26,8 +26,10 @@ class Bound:
         shelves: Callable[[str | None], Sequence[Shelf]],
         count_tokens: Callable[[str], int],
         adapters: Mapping[str, str],
+        instruction: str,
         cache_salt: str,
     ) -> None:
+        self.instruction = instruction
         self.usage = Usage()
         self._request = request
         self._settings = settings

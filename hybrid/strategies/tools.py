@@ -40,6 +40,11 @@ class Tools(Protocol):
         ...
 
     @property
+    def instruction(self) -> str:
+        """What the chosen adapter was trained to be told, where the gate chose it; nothing where the caller did."""
+        ...
+
+    @property
     def system_prompt(self) -> str:
         """The house's system prompt, or nothing."""
         ...
