@@ -80,6 +80,15 @@ class Gateway:
         Raises before the first event what can be known before work starts (ModelNotFound, NotReady); a failure after
         it is the last event. Closing the iterator aborts every engine call made for the request.
         """
+        self.answering += 1
+        try:
+            async with contextlib.aclosing(self._answer(request)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self.answering -= 1
+
+    async def _answer(self, request: Request) -> AsyncGenerator[Event]:
         decision, version = await self._decide(request)
         self.journal.add(decision, request.caller)
         tools = Bound(
@@ -113,7 +122,7 @@ class Gateway:
     async def _decide(self, request: Request) -> tuple[Decision, AdapterVersion | None]:
         arm = self.resolve(request.model)
         if arm is None:
-            decision = await self.decider.decide(request, allowed=lambda arm: self._allowed(arm, request))
+            decision = await self.decider.decide(request)
         else:
             decision = Decision(id=new_id(), arm=arm, reason="the caller named the model", chosen_by="caller")
         if decision.arm.adapter is None:
@@ -174,9 +183,6 @@ class Gateway:
             known = ", ".join(names) or "none yet: `hybrid index DIR --name NAME` makes one"
             raise ModelNotFound(f"There is no such corpus as {str(corpus)[:80]!r}. Known: {known}.", param="model")
 
-    def _allowed(self, arm: Arm, request: Request) -> bool:
-        return request.knobs.arms is None or str(arm) in request.knobs.arms
-
     def _salt(self, caller: str) -> str:
         """One prefix-cache compartment a tenant: timing must not tell one tenant what another asked."""
         return hmac.new(self._secret, caller.encode(), hashlib.sha256).hexdigest()[:32]
@@ -184,12 +190,10 @@ class Gateway:
     @contextlib.contextmanager
     def _using(self, version: AdapterVersion | None) -> Iterator[None]:
         name = version.ref.engine_name if version else ""
-        self.answering += 1
         self._in_use[name] += 1
         try:
             yield
         finally:
-            self.answering -= 1
             self._in_use[name] -= 1
             if not self._in_use[name]:
                 del self._in_use[name]

@@ -10,8 +10,8 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable
 
+from hybrid.errors import HybridError
 from hybrid.gate.model import Gate, Scores
 from hybrid.gate.policy import Policy
 from hybrid.knowledge.search import Library
@@ -30,15 +30,20 @@ class Decider:
         self._library = library
         self._settings = settings
 
-    async def decide(self, request: Request, allowed: Callable[[Arm], bool]) -> Decision:
-        """The decision for `model="auto"`. Never raises: a gate that fails or is late falls back to the default arm."""
+    async def decide(self, request: Request) -> Decision:
+        """The decision for `model="auto"`: a gate that fails or is late falls back to the default arm.
+
+        Raises BadRequest when the request allows none of the arms there are.
+        """
         began = time.perf_counter()
         try:
             async with asyncio.timeout(self._settings.deadline_ms / 1000):
                 scores = await asyncio.to_thread(self._score, request.query)
             if any(not math.isfinite(score) for score in scores.by_arm.values()):
                 raise ValueError("the gate gave a score that is not a number")
-            choice = self._policy.choose(scores, allowed=allowed, knobs=request.knobs)
+            choice = self._policy.choose(scores, allowed=lambda _arm: True, knobs=request.knobs)
+        except HybridError:
+            raise  # the request's own fault, and said in words
         except TimeoutError:
             return self._default("deadline", f"the gate took longer than {self._settings.deadline_ms:g} ms", began)
         except Exception as error:
