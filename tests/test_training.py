@@ -31,7 +31,7 @@ from hybrid.training.batches import Encoded, batches, encode, end_of_turn, packs
 from hybrid.training.data import Dataset, read_dataset
 from hybrid.training.formats import Example
 from hybrid.training.job import Job
-from hybrid.training.kernels import MANY_SCORES
+from hybrid.training.kernels import LOSS_ROWS, MANY_SCORES, fast_loss
 from hybrid.training.loop import measure, optimise, rate
 from hybrid.training.methods import find_method
 from hybrid.training.recipes import Recipe
@@ -152,17 +152,29 @@ def test_gradients_are_pefts(tiny: ModelFiles, data: Dataset) -> None:
     )
     theirs.load_state_dict(ours.state_dict(), strict=True)
     for pack in packs(train[:6]):
-        logits = lora.forward_of(ours)(pack)
-        torch.nn.functional.cross_entropy(logits, pack.targets, reduction="sum").backward()
+        fast_loss()(lora.forward_of(ours)(pack), pack.targets, 0.5).backward()
     for row in train[:6]:
         ids = torch.tensor([[*row.prompt, *row.answer]])
         labels = torch.tensor([[*[-100] * len(row.prompt), *row.answer]])
-        (theirs(input_ids=ids, labels=labels).loss * len(row.answer)).backward()
+        (theirs(input_ids=ids, labels=labels).loss * len(row.answer) * 0.5).backward()
     wanted = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
     found = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}
     assert found.keys() == wanted.keys()
     for name, grad in wanted.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_loss_in_one_pass_is_cross_entropy() -> None:
+    logits = torch.randn(LOSS_ROWS * 2 + 5, 50)
+    targets = torch.randint(50, (len(logits),))
+    wanted = logits.clone().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(wanted, targets, reduction="sum") * 0.25
+    loss.backward()
+    ours = logits.clone().requires_grad_()
+    found = fast_loss()(ours * 1, targets, 0.125)
+    (found * 2).backward()
+    assert float(found.detach()) * 2 == pytest.approx(float(loss.detach()), rel=1e-6)
+    torch.testing.assert_close(ours.grad, wanted.grad)
 
 
 def test_exact_is_what_a_greedy_decoder_would_get_whole(tiny: ModelFiles, data: Dataset) -> None:
@@ -187,9 +199,10 @@ def test_packs_share_the_beginning_and_hold_every_row_once(tiny: ModelFiles, dat
     assert sum(pack.rows for pack in cut) == len(train)
     assert len(cut) > 1
     for pack in cut:
-        assert pack.ids.shape == (1, pack.prefix + pack.rows * pack.mask.shape[2])
+        prefix, width = pack.prefix_mask.shape[2], pack.mask.shape[2]
+        assert pack.ids.shape == (1, prefix + pack.rows * width)
         assert pack.ids.shape[1] <= 400
-        assert pack.prefix > 40
+        assert prefix > 40
     targets = sorted(token for pack in cut for token in pack.targets.tolist())
     assert targets == sorted(token for row in train for token in row.answer)
 

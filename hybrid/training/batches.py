@@ -42,19 +42,19 @@ class Encoded:
 class Pack:
     """One forward pass, T = prefix + rows · width tokens.
 
-    `ids`, `positions` [1, T]; `mask` [1, 1, width, prefix + width], 0 where a token may look and -inf where not;
+    `ids`, `positions` [1, T]; `mask` [1, 1, width, prefix + width] and `prefix_mask` [1, 1, prefix, prefix], 0 where a
+    token may look and -inf where not;
     `keep` [A] the places whose logits predict an answer token; `targets` [A] those tokens; `owners` [A] their rows.
     """
 
     ids: Tensor
     positions: Tensor
     mask: Tensor
+    prefix_mask: Tensor
     keep: Tensor
     targets: Tensor
     owners: Tensor
-    prefix: int
     rows: int
-    tokens: int
 
 
 def render(tokenizer: Any, messages: Sequence[Message]) -> str:
@@ -136,16 +136,14 @@ def _pack(rows: Sequence[Encoded]) -> Pack:
         keep += range(first, first + len(row.answer))
         ids += own + [0] * (width - len(own))
     positions = [*range(prefix), *list(range(prefix, prefix + width)) * len(rows)]
-    ahead = torch.arange(prefix + width)[None] > prefix + torch.arange(width)[:, None]
     owners = [n for n, row in enumerate(rows) for _ in row.answer]
     return Pack(
         ids=torch.tensor([ids]),
         positions=torch.tensor([positions]),
-        mask=torch.zeros(ahead.shape).masked_fill_(ahead, float("-inf"))[None, None],
+        mask=torch.full((1, 1, width, prefix + width), -torch.inf).triu_(prefix + 1),
+        prefix_mask=torch.full((1, 1, prefix, prefix), -torch.inf).triu_(1),
         keep=torch.tensor(keep),
         targets=torch.tensor([token for row in rows for token in row.answer]),
         owners=torch.tensor(owners),
-        prefix=prefix,
         rows=len(rows),
-        tokens=sum(row.length for row in rows),
     )

@@ -1,10 +1,11 @@
-"""The two products that make training fast on a CPU: a LoRA layer, and attention over a shared beginning.
+"""What makes training fast on a CPU: a LoRA layer, attention over a shared beginning, and a loss in one pass.
 
-Both compute what PEFT and transformers compute. The classes are made when first asked for, since they need torch.
+All compute what PEFT and transformers compute. The classes are made when first asked for, since they need torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ATTENTION = "hybrid_shared_prefix"
+#: answer tokens whose logits are in float32 at once
+LOSS_ROWS = 64
 #: scores of one head above which the blocked kernel, which never holds them all, is the better one
 MANY_SCORES = 1 << 16
 
@@ -68,6 +71,41 @@ def fast_linear() -> type:
     return FastLinear
 
 
+@cache
+def fast_loss() -> Callable[[Tensor, Tensor, float], Tensor]:
+    """`loss(logits [A, vocabulary], targets [A], scale)`: the summed cross-entropy times `scale`, in nats.
+
+    The gradient is made in the same pass and takes the place of the logits, which are lost: with a vocabulary of
+    tens of thousands, float32 copies of all logits would cost as much as a third of the model.
+    """
+    import torch
+
+    class Loss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, logits: Tensor, targets: Tensor, scale: float) -> Tensor:
+            total = torch.zeros((), device=logits.device)
+            for start in range(0, len(logits), LOSS_ROWS):
+                part, wanted = logits[start : start + LOSS_ROWS], targets[start : start + LOSS_ROWS]
+                logprobs = part.float()
+                logprobs -= logprobs.logsumexp(-1, keepdim=True)
+                chosen = logprobs.gather(1, wanted[:, None])
+                total -= chosen.sum()
+                gradient = logprobs.exp_().scatter_(1, wanted[:, None], chosen.exp() - 1)
+                part.copy_(gradient.mul_(scale))
+            ctx.save_for_backward(logits)
+            return total * scale
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+            (gradient,) = ctx.saved_tensors
+            return gradient if float(grad) == 1 else gradient * grad, None, None
+
+    def loss(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
+        return Loss.apply(logits, targets, scale)  # type: ignore[no-any-return, no-untyped-call]
+
+    return loss
+
+
 def shared_prefix_attention(
     module: Any,
     query: Tensor,
@@ -76,41 +114,50 @@ def shared_prefix_attention(
     attention_mask: Tensor,
     *,
     scaling: float,
-    prefix: int,
+    prefix_mask: Tensor,
     rows: int,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of a `Pack`: query [1, heads, T, d], key and value [1, groups, T, d] to [1, T, heads, d].
 
-    The prefix attends to itself; each row to it and to itself, under `attention_mask` [1, 1, width, prefix + width].
-    Raises SetupError for a model whose attention is more than that.
+    The prefix attends to itself under `prefix_mask` [1, 1, prefix, prefix]; each row to it and to itself, under
+    `attention_mask` [1, 1, width, prefix + width]. Raises SetupError for a model whose attention is more than that.
     """
     import torch
-    from torch.nn.functional import scaled_dot_product_attention
 
     if options.get("softcap") or options.get("s_aux") is not None:
         raise SetupError("This base model's attention (soft caps or sinks) is not supported by the trainer yet.")
-    heads, groups, size = query.shape[1], key.shape[1], query.shape[3]
-    width = attention_mask.shape[2]
+    prefix, width = prefix_mask.shape[2], attention_mask.shape[2]
 
     def own(x: Tensor) -> Tensor:
-        return x[0, :, prefix:].reshape(x.shape[1], rows, width, size).transpose(0, 1)
+        return x[0, :, prefix:].reshape(x.shape[1], rows, width, -1).transpose(0, 1)
 
-    q = own(query).reshape(rows, groups, heads // groups * width, size)  # a group's heads share its keys
-    k, v = own(key), own(value)
-    if prefix:
-        k = torch.cat([key[:, :, :prefix].expand(rows, -1, -1, -1), k], 2)
-        v = torch.cat([value[:, :, :prefix].expand(rows, -1, -1, -1), v], 2)
-    if attention_mask.numel() > MANY_SCORES:
-        mask = attention_mask.repeat(1, 1, heads // groups, 1)
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-    else:
-        scores = (q @ k.transpose(2, 3)).view(rows, groups, heads // groups, width, -1)
-        weights = torch.add(attention_mask, scores, alpha=scaling).softmax(-1, dtype=torch.float32).to(q.dtype)
-        out = weights.view(rows, groups, heads // groups * width, -1) @ v
-    out = out.reshape(rows, heads, width, size).transpose(1, 2).reshape(1, rows * width, heads, size)
     if not prefix:
-        return out, None
-    q, k, v = query[:, :, :prefix], key[:, :, :prefix], value[:, :, :prefix]
-    head = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=heads > groups)
-    return torch.cat([head.transpose(1, 2), out], 1), None
+        out = _attend(own(query), own(key), own(value), attention_mask, scaling)
+        return out.transpose(1, 2).flatten(0, 1)[None], None
+    shared_key, shared_value = key[:, :, :prefix], value[:, :, :prefix]
+    k = torch.cat([shared_key.expand(rows, -1, -1, -1), own(key)], 2)
+    v = torch.cat([shared_value.expand(rows, -1, -1, -1), own(value)], 2)
+    out = _attend(own(query), k, v, attention_mask, scaling).transpose(1, 2).flatten(0, 1)[None]
+    head = _attend(query[:, :, :prefix], shared_key, shared_value, prefix_mask, scaling).transpose(1, 2)
+    return torch.cat([head, out], 1), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """Attention of [n, heads, w, d] over [n, groups, s, d] under a mask [1, 1, w, s], to [n, heads, w, d].
+
+    The heads of a group are folded into one long query, so its keys are never copied. Softmax is in float32.
+    """
+    import torch
+
+    rows, heads, width, size = query.shape
+    groups = key.shape[1]
+    folded = query.reshape(rows, groups, heads // groups * width, size)
+    if mask.numel() > MANY_SCORES:
+        tall = mask.repeat(1, 1, heads // groups, 1)
+        out = torch.nn.functional.scaled_dot_product_attention(folded, key, value, attn_mask=tall, scale=scaling)
+    else:
+        scores = (folded @ key.transpose(2, 3)).view(rows, groups, heads // groups, width, -1)
+        weights = torch.add(mask, scores, alpha=scaling).softmax(-1, dtype=torch.float32).to(query.dtype)
+        out = weights.flatten(2, 3) @ value
+    return out.reshape(rows, heads, width, size)

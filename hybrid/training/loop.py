@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from hybrid.errors import BadRequest
 from hybrid.training.batches import Encoded, Pack, batches, packs
+from hybrid.training.kernels import fast_loss
 from hybrid.training.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -131,12 +132,10 @@ def rate(step: int, steps: int, warmup_ratio: float) -> float:
 
 def _backward(forward: Forward, rows: Sequence[Encoded], step: int) -> float:
     """Accumulates the gradient of the mean loss an answer token over all rows; returns that mean."""
-    import torch
-
-    tokens = sum(len(row.answer) for row in rows)
+    scale = 1 / sum(len(row.answer) for row in rows)
     total = 0.0
     for pack in packs(rows):
-        loss = torch.nn.functional.cross_entropy(forward(pack).float(), pack.targets, reduction="sum") / tokens
+        loss = fast_loss()(forward(pack), pack.targets, scale)
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     if not math.isfinite(total):

@@ -113,7 +113,7 @@ def forward_of(model: Any) -> Forward:
             position_ids=pack.positions,
             logits_to_keep=pack.keep,
             use_cache=False,
-            prefix=pack.prefix,
+            prefix_mask=pack.prefix_mask.to(model.dtype),
             rows=pack.rows,
         )
         logits: Tensor = out.logits[0]
