@@ -68,6 +68,9 @@ class Quickstart:
                 await self._train(name, task)
 
     async def _index(self, name: str, folder: Path) -> None:
+        if name in self._library.names():  # a look for changes, mostly none: no job to show
+            await asyncio.to_thread(self._library.ingest, name, folder)
+            return
         with self._job("index", name) as tell:
             await asyncio.to_thread(
                 self._library.ingest, name, folder, progress=lambda _step, done, total: tell(step=done, steps=total)
