@@ -79,7 +79,7 @@ class GateSettings(_Section):
     deadline_ms: float = Field(50.0, description="a slower gate is not waited for")
     quality_cost: float = Field(0.7, ge=0, le=1, description="0 cheapest, 1 best")
     default_arm: str = Field("prompt", description="answers when the gate cannot")
-    abstain_below: float = Field(0.5, ge=0, le=1, description="a narrow arm less likely than this is not taken")
+    abstain_below: float = Field(0.4, ge=0, le=1, description="a narrow arm less likely than this is not taken")
     few_shot_k: int = Field(4, ge=1, le=32)
 
 

@@ -48,7 +48,7 @@ class Messages:
         """A seeded sample of at most `PROTOTYPES` rows of each view [n, d]; empty views are left out."""
         usable = [np.ascontiguousarray(v, dtype=np.float32) for v in views if len(v)]
         kept = [sample(len(v), PROTOTYPES) for v in usable]
-        rows = kept[0] if kept else np.arange(0)
+        rows = kept[0].tolist() if kept else []
         return cls(
             tuple(texts[i] for i in rows) if usable and len(texts) == len(usable[0]) else (),
             tuple(View.of(v[rows_of]) for v, rows_of in zip(usable, kept, strict=True)),
@@ -105,7 +105,9 @@ class Bank:
         """Cosines [rows, N] of unit vectors [rows, d] with all messages; a request and itself are -inf apart."""
         if not len(self.stack):
             return np.zeros((len(vectors), 0), np.float32)
-        cosines = vectors @ self.stack.T
+        # BLAS would split one row's small product over threads, and wait for cores that the engine is using
+        one = len(vectors) == 1
+        cosines = np.einsum("nd,d->n", self.stack, vectors[0])[None, :] if one else vectors @ self.stack.T
         for row, mine in enumerate(own):
             if mine is None:
                 continue

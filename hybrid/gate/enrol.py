@@ -15,7 +15,7 @@ from pathlib import Path
 from hybrid.adapters.store import AdapterStore
 from hybrid.errors import HybridError
 from hybrid.gate.features import Vectors
-from hybrid.gate.general import general_lines, general_vectors
+from hybrid.gate.general import general_lines, general_vectors, outside_lines, outside_vectors
 from hybrid.gate.model import Gate
 from hybrid.gate.train import train_gate
 from hybrid.knowledge.search import Library
@@ -58,6 +58,7 @@ class Enrolment:
         if PROMPT not in self._seen:
             lines = general_lines()
             self.gate.enrol_general(lines, general_vectors(embedder.embed, embedder.digest, self._cache))
+            self.gate.enrol_outside(outside_lines(), outside_vectors(embedder.embed, embedder.digest, self._cache))
             embedder.embed_query(lines[0])  # the first query must not pay for loading
         for arm in gone:
             self.gate.forget(arm)

@@ -34,6 +34,8 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
 #: where little is known, an arm is assumed to look like this: cosine of its own, their spread, cosine of strangers
 _OWN, _SPREAD, _FAR = 0.6, 0.1, 0.15
 _PRIOR_COUNT = 5
+#: examples made from few patterns lie closer together than what will be asked: no arm is taken to be tighter than this
+_TIGHTEST = 0.055
 
 
 def closeness(similarity: Vectors, k: int = NEAREST) -> tuple[Numbers, Numbers]:
@@ -75,7 +77,7 @@ class View:
         trust = n / (n + _PRIOR_COUNT)
         own = trust * float(mean.mean()) + (1 - trust) * _OWN
         spread = trust * float(mean.std()) + (1 - trust) * _SPREAD
-        return cls(vectors, own, max(spread, 0.04))
+        return cls(vectors, own, max(spread, _TIGHTEST))
 
     def against(self, strangers: Vectors | None) -> View:
         """The same view, measured against general requests [m, d]."""

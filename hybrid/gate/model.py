@@ -30,12 +30,14 @@ class Weights:
         return features @ self.by_kind[kind(arm)]
 
 
-#: where training starts from and what it is drawn towards: what fits most homes, before anything was learned here
+#: Where training starts from and what it is drawn towards. Fitted once with the same loss over two dozen small homes of
+#: zero to four adapters and zero to two corpora each, with people's own questions to the corpora, and with the requests
+#: of everything that a home did not hold as its strangers.
 DEFAULT = Weights(
     {
-        "messages": np.array([-6.0, 1.2, 0.7, 0.7, 0.6, 0.5, 0.5, -0.3]),
-        "passages": np.array([-6.0, 1.0, 0.5, 0.6, 0.8, 0.5, -0.5]),
-        "general": np.array([0.5, 0.5]),
+        "messages": np.array([-2.1, 1.1, 2.1, -1.3, 0.6, -0.4, 0.9, -1.3]),
+        "passages": np.array([-2.6, -0.2, 0.1, 2.8, 1.2, 1.4, -4.6]),
+        "general": np.array([1.1, 1.4]),
     }
 )
 assert all(len(DEFAULT.by_kind[k]) == len(columns) for k, columns in COLUMNS.items())  # noqa: S101

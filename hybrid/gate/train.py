@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from hybrid.gate.bank import Bank, Own, sample
 from hybrid.gate.features import COLUMNS, Corpus, Embed, Numbers, Vectors
@@ -20,10 +20,13 @@ from hybrid.gate.lexicon import bare_input, tokens
 from hybrid.gate.model import DEFAULT, Weights, kind, softmax
 from hybrid.types import PROMPT, Arm, Passage
 
+Labels = npt.NDArray[np.intp]
+
 #: rows made in all, shared out among the arms
 _ROWS = 1200
-#: how strongly weights are drawn towards the defaults, in rows
-_PENALTY = 2.0
+#: how strongly weights are drawn towards the defaults, in rows: messages are what will be asked, while questions made
+#: out of passages only resemble it
+_PENALTY = {"messages": 5.0, "passages": 300.0, "general": 30.0}
 #: a row whose owner is taken away is a stranger only while no other arm shows more than this of it (a probability under
 #: the defaults): two arms of one subject must not be taught to refuse each other's questions
 _KINDRED = 0.5
@@ -55,19 +58,22 @@ def train_gate(bank: Bank, embed: Embed) -> Weights:
     if len({row.arm for row in rows}) < 2:
         return DEFAULT
     features = _features(bank, rows)
-    arms = list(features)
-    label = np.array([arms.index(row.arm) for row in rows])
-    mistaken = _kindred(features, np.full(len(rows), -1)) & [row.arm == PROMPT and row.own is None for row in rows]
-    features, label = {arm: x[~mistaken] for arm, x in features.items()}, label[~mistaken]
-    open_ = np.ones((len(label), len(arms)), dtype=bool)
-    strangers = np.flatnonzero((label != arms.index(PROMPT)) & ~_kindred(features, label))
-    orphaned = open_[strangers].copy()
-    orphaned[np.arange(len(strangers)), label[strangers]] = False
-    return _newton(
-        {arm: np.concatenate([x, x[strangers]]) for arm, x in features.items()},
-        np.concatenate([open_, orphaned]),
-        np.concatenate([label, np.full(len(strangers), arms.index(PROMPT))]),
-    )
+    label = np.array([list(features).index(row.arm) for row in rows])
+    ours = np.array([row.arm == PROMPT and row.own is None for row in rows])
+    kept = ~(ours & _kindred(features, np.full(len(rows), -1)))
+    return _newton(*_with_orphans({arm: x[kept] for arm, x in features.items()}, label[kept]))
+
+
+def _with_orphans(
+    features: dict[Arm, Numbers], label: Labels
+) -> tuple[dict[Arm, Numbers], npt.NDArray[np.bool_], Labels]:
+    """Adds each arm's rows once more without that arm to choose: features, open choices [rows, arms], labels."""
+    prompt = list(features).index(PROMPT)
+    orphans = np.flatnonzero((label != prompt) & ~_kindred(features, np.where(label == prompt, -1, label)))
+    open_ = np.ones((len(label) + len(orphans), len(features)), dtype=bool)
+    open_[np.arange(len(label), len(open_)), label[orphans]] = False
+    more = {arm: np.concatenate([x, x[orphans]]) for arm, x in features.items()}
+    return more, open_, np.concatenate([label, np.full(len(orphans), prompt)])
 
 
 def pseudo_questions(corpus: Corpus, n: int, seed: int = 0) -> list[tuple[str, Passage]]:
@@ -142,19 +148,15 @@ def _features(bank: Bank, rows: Sequence[Row]) -> dict[Arm, Numbers]:
     return features
 
 
-def _kindred(features: Mapping[Arm, Numbers], owner: np.ndarray[Any, np.dtype[np.intp]]) -> Any:
-    """[rows]: whether some arm other than the owner looks like a request's own, as the defaults see it."""
-    arms = list(features)
+def _kindred(features: Mapping[Arm, Numbers], owner: Labels) -> npt.NDArray[np.bool_]:
+    """[rows]: whether another arm than the owner (-1: nobody) looks like a request's own to the defaults."""
     utility = np.column_stack([DEFAULT.utility(arm, x) for arm, x in features.items()])
-    narrow = np.array([arm != PROMPT for arm in arms])
-    rivals = narrow[None, :] & (np.arange(len(arms))[None, :] != owner[:, None])
-    return (
-        np.where(rivals, softmax(utility), 0.0).sum(axis=1)
-        / (1e-12 + np.where(rivals | ~narrow, softmax(utility), 0.0).sum(axis=1))
-    ) > _KINDRED
+    owned = np.flatnonzero(owner >= 0)
+    utility[owned, owner[owned]] = -np.inf
+    return softmax(utility)[:, list(features).index(PROMPT)] < _KINDRED
 
 
-def _newton(features: Mapping[Arm, Numbers], open_: Any, label: Any) -> Weights:
+def _newton(features: Mapping[Arm, Numbers], open_: npt.NDArray[np.bool_], label: Labels) -> Weights:
     """The weights that make the labels likeliest. `open_` [rows, arms] says which arms a row may choose from."""
     kinds = list(COLUMNS)
     start = np.concatenate([DEFAULT.by_kind[k] for k in kinds])
@@ -166,18 +168,19 @@ def _newton(features: Mapping[Arm, Numbers], open_: Any, label: Any) -> Weights:
     rows = np.arange(len(label))
     importance = _balanced(label)
     theta = start.copy()
+    penalty = np.concatenate([np.full(len(COLUMNS[k]), _PENALTY[k]) for k in kinds])
 
     def loss(at: Numbers) -> float:
         chance = softmax(np.where(open_, design @ at, -np.inf))[rows, label]
-        return float(-(importance * np.log(chance + 1e-300)).sum() + _PENALTY / 2 * ((at - start) ** 2).sum())
+        return float(-(importance * np.log(chance + 1e-300)).sum() + (penalty * (at - start) ** 2).sum() / 2)
 
     for _ in range(30):
         chance = softmax(np.where(open_, design @ theta, -np.inf))
         expected = np.einsum("ra,rap->rp", chance, design)
-        gradient = importance @ (expected - design[rows, label]) + _PENALTY * (theta - start)
+        gradient = importance @ (expected - design[rows, label]) + penalty * (theta - start)
         weighted = design * np.sqrt(importance[:, None] * chance)[:, :, None]
         flat = weighted.reshape(-1, len(theta))
-        curvature = flat.T @ flat - (expected * importance[:, None]).T @ expected + _PENALTY * np.eye(len(theta))
+        curvature = flat.T @ flat - (expected * importance[:, None]).T @ expected + np.diag(penalty)
         step = np.linalg.solve(curvature, gradient)
         size = next((s for s in (1.0, 0.5, 0.25, 0.1, 0.01) if loss(theta - s * step) < loss(theta)), 0.0)
         theta = theta - size * step
@@ -186,8 +189,8 @@ def _newton(features: Mapping[Arm, Numbers], open_: Any, label: Any) -> Weights:
     return Weights({k: theta[offsets[k] : offsets[k] + len(COLUMNS[k])] for k in kinds})
 
 
-def _balanced(label: Any) -> Numbers:
+def _balanced(label: Labels) -> Numbers:
     """Every arm's rows weigh the same together, with the number of rows as the total."""
     counts = np.bincount(label)
     present = int((counts > 0).sum())
-    return len(label) / present / counts[label]  # type: ignore[no-any-return]
+    return len(label) / present / counts[label]

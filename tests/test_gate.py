@@ -1,0 +1,394 @@
+"""The gate routes by what arms are made of, to arms it has never seen, and says when it does not know."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hybrid.errors import BadRequest, Forbidden, Refused
+from hybrid.gate.features import Vectors
+from hybrid.gate.general import general_lines, general_vectors, outside_lines, outside_vectors
+from hybrid.gate.lexicon import Lexicon, bare_input, look
+from hybrid.gate.model import DEFAULT, Gate, Scores, Weights
+from hybrid.gate.policy import Policy
+from hybrid.gate.published import load_gate, publish_gate, versions
+from hybrid.gate.train import pseudo_questions, train_gate
+from hybrid.knowledge.embed import Embedder
+from hybrid.models import materialise
+from hybrid.rooms import Home
+from hybrid.settings import DEFAULT_EMBEDDER, GateSettings, Settings
+from hybrid.types import PROMPT, Arm, Knobs, Passage
+
+GARDEN, LIBRARY = Arm("adapter", ("garden",)), Arm("adapter", ("library",))
+ISLAND = Arm("rag", ("island",))
+GARDEN_TASK = "Name the garden job. Reply with one label."
+LIBRARY_TASK = 'Return one JSON object {"title": ..., "action": ...}.'
+PLANTS = ["roses", "tulips", "beans", "the apple tree", "lavender", "potatoes", "the hedge", "mint", "peonies", "leeks"]
+TROUBLES = [
+    "When should I prune {}?",
+    "{} have yellow leaves and drop them",
+    "How much water do {} need in July?",
+    "Snails are eating {}, what helps?",
+    "Is it too late to plant {} now?",
+]
+BOOKS = ["The Silent Harbour", "A Winter in Minsk", "Ten Small Rivers", "The Glass Orchard", "Letters to Ada"]
+BOOKS += ["The Last Lamplighter", "Salt and Thunder", "A Field Guide to Fog", "Nine Doors", "The Clockmaker's Son"]
+ORDERS = ["renew {} until next week", "put {} on hold for me", "I return {} today", "extend the loan of {}",
+          "cancel my reservation of {}"]  # fmt: skip
+PASSAGES = [
+    ("Harbour", "The harbour of Vell was dug in 1788 by convicts and holds forty fishing boats."),
+    ("Lighthouse", "The lighthouse on Cape Orrin is 31 metres high and was automated in 1984."),
+    ("Kelp", "Kelp is gathered on the northern beaches in spring and burnt for its ash, which once made glass."),
+    ("Language", "The islanders speak Vellish, a language with eleven cases and no word for yes."),
+    ("Ferry", "The ferry to the mainland sails twice a day and takes three hours; it does not sail in storms."),
+    ("Governor", "The first governor, Ada Holm, abolished the salt tax and founded the school in Lower Vell."),
+    ("Puffins", "About nine thousand puffins nest on the western cliffs between April and August."),
+    ("Bread", "Islanders bake a dark bread of barley and dried apples called brunn for the midwinter feast."),
+]
+
+
+@pytest.fixture(scope="module")
+def embedder() -> Embedder:
+    files = materialise(DEFAULT_EMBEDDER, Settings.load().cache)
+    return Embedder(files.path, files.name)
+
+
+class Home_:
+    """Enrols the arms of these tests, each line of which is written here."""
+
+    def __init__(self, embedder: Embedder, cache: Path) -> None:
+        self.embedder = embedder
+        self.gate = Gate()
+        self.gate.enrol_general(general_lines(), general_vectors(embedder.embed, "test", cache))
+        self.gate.enrol_outside(outside_lines(), outside_vectors(embedder.embed, "test", cache))
+
+    def adapter(self, name: str, task: str, inputs: list[str]) -> None:
+        full = [f"{task}\n\n{text}" for text in inputs]
+        self.gate.enrol_adapter(name, full, self.embedder.embed(full), self.embedder.embed(inputs))
+
+    def garden(self) -> None:
+        self.adapter("garden", GARDEN_TASK, [t.format(p) for t in TROUBLES for p in PLANTS[:8]])
+
+    def library(self) -> None:
+        self.adapter("library", LIBRARY_TASK, [t.format(b) for t in ORDERS for b in BOOKS[:8]])
+
+    def island(self) -> None:
+        passages = [Passage(f"p{i}", title, text, corpus="island") for i, (title, text) in enumerate(PASSAGES)]
+        self.gate.enrol_corpus("island", passages, self.embedder.embed([f"{p.title}\n{p.text}" for p in passages]))
+
+    def train(self) -> None:
+        self.gate.weights = train_gate(self.gate.bank, self.embedder.embed)
+
+    def best(self, query: str) -> Arm:
+        scores = self.scores(query)
+        return Policy(GateSettings()).choose(scores, allowed=lambda _: True, knobs=Knobs()).arm
+
+    def scores(self, query: str) -> Scores:
+        return self.gate.score(query, self.embedder.embed_query(query))
+
+
+@pytest.fixture
+def home(embedder: Embedder, tmp_path_factory: pytest.TempPathFactory) -> Home_:
+    return Home_(embedder, tmp_path_factory.getbasetemp() / "gate-cache")
+
+
+GARDEN_ASKED = [t.format(p) for t in TROUBLES for p in PLANTS[8:]]
+LIBRARY_ASKED = [t.format(b) for t in ORDERS for b in BOOKS[8:]]
+ISLAND_ASKED = [
+    "How high is the lighthouse on Cape Orrin?",
+    "When was the harbour of Vell dug?",
+    "What language do the islanders speak?",
+    "How long does the ferry to the mainland take?",
+    "Who founded the school in Lower Vell?",
+    "How many puffins nest on the western cliffs?",
+]
+STRANGERS = [
+    "hello, how are you?",
+    "Schreibe mir ein Gedicht über Züge",
+    "Write a Python function that counts vowels",
+    "A box holds 12 pens. How many pens are in 7 boxes?",
+    "Translate to Spanish: the door is open",
+    "Which is a metal?\nA. oak\nB. iron\nC. wool",
+]
+
+
+def share(home: Home_, asked: list[str], arm: Arm) -> float:
+    return sum(home.best(q) == arm for q in asked) / len(asked)
+
+
+# --- routing ---------------------------------------------------------------------------------------------------------
+
+
+def test_each_arm_gets_its_own_requests_with_the_instruction_and_without(home: Home_) -> None:
+    home.garden(), home.library(), home.island(), home.train()
+    assert share(home, GARDEN_ASKED, GARDEN) == 1
+    assert share(home, [f"{GARDEN_TASK}\n\n{q}" for q in GARDEN_ASKED], GARDEN) == 1
+    assert share(home, LIBRARY_ASKED, LIBRARY) >= 0.9
+    assert share(home, [f"{LIBRARY_TASK}\n\n{q}" for q in LIBRARY_ASKED], LIBRARY) == 1
+    assert share(home, ISLAND_ASKED, ISLAND) == 1
+    assert share(home, STRANGERS, PROMPT) == 1
+
+
+@pytest.mark.parametrize("arms", [("garden",), ("island",), ("library", "island"), ()])
+def test_any_set_of_arms_leaves_strangers_to_prompt(home: Home_, arms: tuple[str, ...]) -> None:
+    for arm in arms:
+        getattr(home, arm)()
+    home.train()
+    assert share(home, STRANGERS, PROMPT) == 1
+
+
+def test_an_arm_enrolled_after_training_is_routed_to_at_once(home: Home_) -> None:
+    home.library(), home.train()
+    before = home.gate.weights
+    assert share(home, GARDEN_ASKED, GARDEN) == 0
+    home.garden()
+    home.island()
+    assert home.gate.weights is before
+    assert share(home, GARDEN_ASKED, GARDEN) >= 0.9
+    assert share(home, ISLAND_ASKED, ISLAND) >= 0.8
+    assert share(home, LIBRARY_ASKED, LIBRARY) >= 0.9
+
+
+def test_the_weights_that_ship_route_before_anything_is_trained(home: Home_) -> None:
+    home.garden(), home.island()
+    assert home.gate.weights is DEFAULT
+    assert share(home, GARDEN_ASKED, GARDEN) >= 0.9
+    assert share(home, ISLAND_ASKED, ISLAND) >= 0.8
+    assert share(home, STRANGERS, PROMPT) == 1
+
+
+def test_a_forgotten_arm_is_not_chosen_and_its_requests_go_to_prompt(home: Home_) -> None:
+    home.garden(), home.library(), home.train()
+    home.gate.forget(GARDEN)
+    assert GARDEN not in home.gate.arms()
+    assert share(home, GARDEN_ASKED, PROMPT) >= 0.9
+
+
+def test_passages_found_elsewhere_are_used_in_place_of_a_search(home: Home_) -> None:
+    home.island(), home.train()
+    query = ISLAND_ASKED[0]
+    vector = home.embedder.embed_query(query)
+    nothing = home.gate.score(query, vector, {"island": []})
+    assert nothing.by_arm[ISLAND] < 0.1 < home.gate.score(query, vector).by_arm[ISLAND]
+
+
+def test_a_score_is_explained_and_sums_to_one(home: Home_) -> None:
+    home.garden(), home.island(), home.train()
+    scores = home.scores("When should I prune peonies?")
+    assert sum(scores.by_arm.values()) == pytest.approx(1)
+    assert set(scores.by_arm) == set(home.gate.arms())
+    assert scores.confidence == scores.by_arm[GARDEN]
+    assert {n["arm"] for n in scores.neighbours} == {"adapter:garden"}
+    assert "prune" in scores.neighbours[0]["text"]
+    assert 0.5 < scores.neighbours[0]["similarity"] <= 1
+    assert "training messages of garden" in scores.why[GARDEN]
+
+
+def test_training_twice_gives_the_same_weights(home: Home_) -> None:
+    home.garden(), home.island()
+    first, second = (train_gate(home.gate.bank, home.embedder.embed) for _ in range(2))
+    assert all(np.array_equal(first.by_kind[kind], second.by_kind[kind]) for kind in first.by_kind)
+
+
+def test_an_adapter_trained_with_passages_is_an_arm_that_names_its_corpus(home: Home_) -> None:
+    vectors = home.embedder.embed(GARDEN_ASKED)
+    arm = home.gate.enrol_adapter("garden", GARDEN_ASKED, vectors, corpus="island")
+    assert arm == Arm("adapter+rag", ("garden", "island"))
+    assert home.best(GARDEN_ASKED[0]) == arm
+
+
+# --- synthetic vectors: shapes and extremes --------------------------------------------------------------------------
+
+
+def cloud(seed: int, n: int, d: int = 32, width: float = 0.15) -> Vectors:
+    """Unit vectors around a direction of their own."""
+    rng = np.random.default_rng(seed)
+    centre = rng.normal(size=d)
+    points = centre / np.linalg.norm(centre) + width * rng.normal(size=(n, d))
+    return (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32)
+
+
+def texts(seed: int, n: int) -> list[str]:
+    return [f"word{seed} thing{seed} number {i}" for i in range(n)]
+
+
+def test_a_gate_without_arms_knows_prompt_alone() -> None:
+    gate = Gate()
+    assert gate.arms() == (PROMPT,)
+    assert gate.score("anything", cloud(0, 1)[0]).by_arm == {PROMPT: 1.0}
+    assert Scores.only(gate.arms()).by_arm == {PROMPT: 1.0}
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 3000])
+def test_an_arm_of_any_size_finds_its_own(n: int) -> None:
+    gate = Gate()
+    gate.enrol_general(texts(1, 200), cloud(1, 200, width=0.5))
+    gate.enrol_adapter("a", texts(2, n), cloud(2, n))
+    own = gate.score(texts(2, 1)[0], cloud(2, 1)[0])
+    other = gate.score("quite another request", cloud(3, 1)[0])
+    assert own.by_arm[Arm("adapter", ("a",))] > 0.5 > other.by_arm[Arm("adapter", ("a",))]
+
+
+def test_views_of_different_length_are_both_used() -> None:
+    gate = Gate()
+    gate.enrol_general(texts(1, 50), cloud(1, 50, width=0.5))
+    gate.enrol_adapter("a", texts(2, 40), cloud(2, 40), cloud(3, 25))
+    arm = Arm("adapter", ("a",))
+    for seed in (2, 3):
+        assert gate.score(texts(2, 1)[0], cloud(seed, 1)[0]).by_arm[arm] > 0.5
+    assert train_gate(gate.bank, lambda lines: cloud(9, len(lines))).by_kind["messages"].shape == (8,)
+
+
+def test_an_empty_corpus_and_an_adapter_without_examples_are_never_chosen() -> None:
+    gate = Gate()
+    gate.enrol_general(texts(1, 50), cloud(1, 50))
+    gate.enrol_adapter("empty", [], np.zeros((0, 32), np.float32))
+    gate.enrol_corpus("void", [], np.zeros((0, 32), np.float32))
+    scores = gate.score("is there anything?", cloud(4, 1)[0]).by_arm
+    assert max(scores, key=lambda arm: scores[arm]) == PROMPT
+    gate.weights = train_gate(gate.bank, lambda lines: cloud(9, len(lines)))
+    assert math.isfinite(sum(gate.score("is there anything?", cloud(4, 1)[0]).by_arm.values()))
+
+
+def test_enrolling_while_scores_are_taken_disturbs_none() -> None:
+    gate = Gate()
+    gate.enrol_general(texts(1, 100), cloud(1, 100))
+    failures: list[Exception] = []
+    done = threading.Event()
+
+    def score() -> None:
+        while not done.is_set():
+            try:
+                assert sum(gate.score("word2", cloud(2, 1)[0]).by_arm.values()) == pytest.approx(1)
+            except Exception as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=score) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for i in range(20):
+        arm = gate.enrol_adapter(f"a{i % 3}", texts(i, 60), cloud(i, 60))
+        if i % 2:
+            gate.forget(arm)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_message_does_not_vouch_for_its_own_words() -> None:
+    lexicon = Lexicon.of(["rate zebra", *["play a song"] * 20])
+    asked = look("rate zebra")
+    inside, outside = (lexicon.familiarity(asked, Lexicon(), own=own)[0] for own in (False, True))
+    assert inside > 0 > outside
+
+
+def test_the_input_is_what_follows_the_instruction() -> None:
+    assert bare_input("Do this.\n\nthe input") == "the input"
+    assert bare_input("the input") == "the input"
+    assert look("你好 world[1]") == ["你", "好", "world", "[", "1", "]"]
+
+
+def test_questions_made_from_passages_are_many_and_repeatable(home: Home_) -> None:
+    home.island()
+    corpus = home.gate.bank.corpora[ISLAND]
+    made = pseudo_questions(corpus, 50)
+    assert made == pseudo_questions(corpus, 50)
+    assert len({question for question, _ in made}) > 40
+
+
+# --- the policy ------------------------------------------------------------------------------------------------------
+
+A, RAG, BOTH = Arm("adapter", ("a",)), Arm("rag", ("c",)), Arm("adapter+rag", ("a", "c"))
+
+
+def everything(_: Arm) -> bool:
+    return True
+
+
+def choose(by_arm: dict[Arm, float], knobs: Knobs = Knobs(), allowed=everything, **settings):  # noqa: B008
+    return Policy(GateSettings(**settings)).choose(Scores(by_arm), allowed=allowed, knobs=knobs)
+
+
+def test_the_likeliest_arm_is_taken() -> None:
+    choice = choose({PROMPT: 0.1, A: 0.2, RAG: 0.7})
+    assert (choice.arm, choice.confidence, choice.fallback) == (RAG, 0.7, None)
+
+
+def test_a_narrow_arm_that_is_not_likely_enough_is_left_and_the_reason_says_so() -> None:
+    choice = choose({PROMPT: 0.3, A: 0.36, RAG: 0.34})
+    assert (choice.arm, choice.fallback) == (PROMPT, "abstained")
+    assert "0.36" in choice.reason
+
+
+def test_prompt_chosen_by_the_gate_is_no_fallback() -> None:
+    assert choose({PROMPT: 0.9, A: 0.1}).fallback is None
+
+
+def test_permissions_come_after_the_gate() -> None:
+    assert choose({PROMPT: 0.1, A: 0.9}, allowed=lambda arm: arm != A).arm == PROMPT
+    assert choose({PROMPT: 0.1, A: 0.1, RAG: 0.8}, Knobs(arms=("adapter:a",))).arm == A
+    assert choose({PROMPT: 0.1, A: 0.1, RAG: 0.8}, Knobs(arms=("adapter",))).arm == A
+    other = Arm("rag", ("d",))
+    assert choose({PROMPT: 0.05, RAG: 0.9, other: 0.05}, Knobs(corpus="d")).arm == PROMPT
+    with pytest.raises(Forbidden):
+        choose({PROMPT: 0.5, A: 0.5}, allowed=lambda _: False)
+    with pytest.raises(BadRequest, match="adapter:nobody"):
+        choose({PROMPT: 0.5, A: 0.5}, Knobs(arms=("adapter:nobody",)))
+
+
+def test_a_score_that_is_not_a_number_falls_back_to_the_default_arm() -> None:
+    choice = choose({PROMPT: 0.2, A: math.nan})
+    assert (choice.arm, choice.fallback) == (PROMPT, "error")
+    assert choose({PROMPT: 0.2, RAG: math.nan}, default_arm="rag:c").arm == RAG
+    assert choose({A: math.inf, RAG: 0.1}).arm == A  # the default is not among them: the cheapest
+
+
+def test_cost_decides_between_arms_that_score_alike() -> None:
+    close = {PROMPT: 0.02, A: 0.48, BOTH: 0.5}
+    assert choose(close, Knobs(quality_cost=1.0)).arm == BOTH
+    assert choose(close, Knobs(quality_cost=0.5)).arm == A
+    assert choose({PROMPT: 0.45, RAG: 0.55}, Knobs(quality_cost=0.0)).arm == PROMPT
+    assert choose({PROMPT: 0.7, RAG: 0.3}, Knobs(quality_cost=1.0)).arm == RAG
+
+
+# --- published gates -------------------------------------------------------------------------------------------------
+
+
+def test_a_published_gate_comes_back_as_it_was(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    assert load_gate(home, "e5") is None
+    assert publish_gate(home, DEFAULT, "e5") == 1
+    changed = Weights({kind: weights + 1 for kind, weights in DEFAULT.by_kind.items()})
+    assert publish_gate(home, changed, "e5", {"arms": ["adapter:a"]}) == 2
+    assert versions(home) == [1, 2]
+    newest, first = load_gate(home, "e5"), load_gate(home, "e5", 1)
+    assert newest is not None
+    assert first is not None
+    assert all(np.allclose(newest.by_kind[k], first.by_kind[k] + 1) for k in first.by_kind)
+
+
+@pytest.mark.parametrize("harm", ["embedder", "columns", "weights", "missing", "version"])
+def test_a_gate_that_does_not_fit_is_refused(tmp_path: Path, harm: str) -> None:
+    home = Home(tmp_path)
+    publish_gate(home, DEFAULT, "e5")
+    folder = tmp_path / "adapters" / "gate" / "1"
+    card = json.loads((folder / "card.json").read_text())
+    if harm == "columns":
+        card["columns"]["messages"].reverse()
+        (folder / "card.json").write_text(json.dumps(card))
+    if harm == "weights":
+        file = folder / "gate.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    if harm == "missing":
+        (folder / "gate.safetensors").unlink()
+    with pytest.raises(Refused, match="gate@"):
+        load_gate(home, "other" if harm == "embedder" else "e5", 7 if harm == "version" else None)
