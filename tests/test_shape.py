@@ -16,7 +16,7 @@ PACKAGE = ROOT / "hybrid"
 LAYERS: list[set[str]] = [
     {"types", "errors"},
     {"settings", "rooms", "state", "prompts", "quickstart"},
-    {"models", "engine", "knowledge", "keys", "journal"},
+    {"models", "engine", "knowledge", "keys", "journal", "reach"},
     {"adapters"},
     {"catalog"},
     {"gate", "strategies"},

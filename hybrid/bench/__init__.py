@@ -1,1 +1,28 @@
+"""Benchmarks a user can run: what this machine and this home do, beside what they should.
 
+Each is an async function that returns a `Result` and writes nothing else. All talk HTTP to a server, as a client does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hybrid.bench import hotload, routing, startup
+from hybrid.bench.result import Result
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """What it measures, in words, and the function that does."""
+
+    description: str
+    measure: Callable[..., Coroutine[Any, Any, Result]]
+
+
+BENCHMARKS: Mapping[str, Benchmark] = {
+    "routing": Benchmark("How often the gate finds a task's own arm, and what a decision costs.", routing.measure),
+    "hotload": Benchmark("How soon a new adapter answers while streams run, and whether one breaks.", hotload.measure),
+    "startup": Benchmark("How long a start takes, from the command to the first token.", startup.measure),
+}

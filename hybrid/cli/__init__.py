@@ -7,7 +7,7 @@ import sys
 import click
 import typer
 
-from hybrid.cli import adapters, ask, doctor, index, keys, serve, train
+from hybrid.cli import adapters, ask, bench, doctor, index, keys, serve, train
 from hybrid.cli.say import complain
 from hybrid.errors import HybridError
 
@@ -26,6 +26,7 @@ app.command("search")(index.search)
 app.command("doctor")(doctor.doctor)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(keys.app, name="keys")
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

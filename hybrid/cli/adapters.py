@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from hybrid import catalog
+from hybrid import catalog, reach
 from hybrid.adapters.store import AdapterStore
-from hybrid.cli import reach
 from hybrid.cli.say import data, say, text
 from hybrid.errors import BadRequest
 from hybrid.settings import Settings

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hybrid import reach
 from hybrid.boot import open_gateway
-from hybrid.cli import reach
 from hybrid.cli.say import bar, data, say, text
 from hybrid.errors import NotReady
 from hybrid.gateway import Gateway

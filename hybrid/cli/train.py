@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
+from hybrid import reach
 from hybrid.adapters.hotload import worse
 from hybrid.adapters.preflight import check, read_base
 from hybrid.adapters.store import AdapterStore
-from hybrid.cli import reach
 from hybrid.cli.say import bar, data, say, words
 from hybrid.errors import EngineRejected, NotReady, Refused
 from hybrid.knowledge.embed import Embedder

@@ -1,0 +1,110 @@
+"""`hybrid bench`: what this machine and this home do, beside what they should."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Annotated, Any
+
+import typer
+
+from hybrid import reach
+from hybrid.adapters.store import AdapterStore
+from hybrid.bench import BENCHMARKS
+from hybrid.bench.result import Result
+from hybrid.bench.routing import Owned
+from hybrid.cli.say import bar, data, text
+from hybrid.errors import BadRequest, NotReady
+from hybrid.rooms import Home
+from hybrid.settings import Settings
+from hybrid.state import State
+
+app = typer.Typer(help="Benchmarks: numbers of this machine and home beside their goals.", no_args_is_help=True)
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
+
+
+@app.command("list")
+def list_(json_: Json = False) -> None:
+    """The benchmarks there are."""
+    if json_:
+        data({"benchmarks": [{"name": name, "description": b.description} for name, b in BENCHMARKS.items()]})
+        return
+    for name, benchmark in BENCHMARKS.items():
+        text(f"{name:8}  {benchmark.description}")
+
+
+@app.command("routing", help=BENCHMARKS["routing"].description)
+def routing(
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DIR=ARM",
+            help="a task folder and the arms that own it, comma separated; repeatable (default: the tasks of "
+            "this home that have an adapter of their name)",
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="rows of each task's test split")] = 67,
+    bare: Annotated[bool, typer.Option("--bare", help="send the inputs without the task's instruction")] = False,
+    json_: Json = False,
+) -> None:
+    """One question after another, nothing generated."""
+    settings = Settings.load()
+    server = _server(settings)
+    tasks = [Owned.parse(spec) for spec in task or []] or _own_tasks(settings.rooms, _store(settings))
+    with bar() as progress:
+        run = BENCHMARKS["routing"].measure(server, tasks, limit=limit, bare=bare, progress=progress)
+        _show(run, json_)
+
+
+@app.command("hotload", help=BENCHMARKS["hotload"].description)
+def hotload(
+    adapter: Annotated[
+        str | None, typer.Option(metavar="NAME[@V]", help="what is copied (default: the newest)")
+    ] = None,
+    streams: Annotated[int, typer.Option(min=0, help="streams that run meanwhile")] = 16,
+    repeat: Annotated[int, typer.Option(min=1, help="how many copies are published, one after another")] = 3,
+    json_: Json = False,
+) -> None:
+    """Half of the streams ask the base model, half the adapter that is copied."""
+    settings = Settings.load()
+    server, store = _server(settings), _store(settings)
+    with bar() as progress:
+        measure = BENCHMARKS["hotload"].measure
+        _show(measure(server, store, adapter=adapter, streams=streams, repeat=repeat, progress=progress), json_)
+
+
+@app.command("startup", help=BENCHMARKS["startup"].description)
+def startup(
+    repeat: Annotated[int, typer.Option(min=1, help="starts in one home; the goal is for those after the first")] = 2,
+    ui: Annotated[bool, typer.Option("--ui/--no-ui", help="with the chat page, or the API alone")] = True,
+    json_: Json = False,
+) -> None:
+    """Needs no running server: it starts its own in a temporary home."""
+    with bar() as progress:
+        _show(BENCHMARKS["startup"].measure(Settings.load(), repeat=repeat, ui=ui, progress=progress), json_)
+
+
+def _show(run: Coroutine[Any, Any, Result], json_: bool) -> None:
+    result = asyncio.run(run)
+    if json_:
+        data(result.wire())
+    else:
+        text(result.table())
+
+
+def _server(settings: Settings) -> reach.Server:
+    server = reach.find(settings.rooms.server_file)
+    if server is None:
+        raise NotReady("No server runs in this home; start one with `hybrid serve`, and repeat when it is ready.")
+    return server
+
+
+def _store(settings: Settings) -> AdapterStore:
+    return AdapterStore(settings.rooms, State(settings.rooms.database))
+
+
+def _own_tasks(home: Home, store: AdapterStore) -> list[Owned]:
+    folders = [home.tasks / name for name in store.names() if (home.tasks / name / "test.jsonl").is_file()]
+    if not folders:
+        raise BadRequest("No task of this home has an adapter of its name; say which to route: --task DIR=ARM.")
+    return [Owned(folder, frozenset([f"adapter:{folder.name}"])) for folder in folders]

@@ -1,0 +1,174 @@
+"""The benchmarks, through the command, against a server of this home over the scripted engine."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from adapters_kit import make_adapter
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from conftest import Served, hybrid, start_server, stop_server
+from server_kit import make_home, until
+from typer.main import get_command
+
+from hybrid import reach
+from hybrid.adapters.preflight import read_base
+from hybrid.adapters.store import AdapterStore
+from hybrid.bench import BENCHMARKS, hotload
+from hybrid.bench.routing import Owned, wilson
+from hybrid.cli.bench import app
+from hybrid.errors import BadRequest
+from hybrid.rooms import Home
+from hybrid.state import State
+
+
+@pytest.fixture(scope="module")
+def environment() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYBRID_ENGINE__KIND", "scripted")
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, environment: pytest.MonkeyPatch) -> Iterator[Served]:
+    home = tmp_path_factory.mktemp("bench-home")
+    make_home(home)
+    environment.setenv("HYBRID_MODEL", str(home / "base"))
+    served = start_server(home, "--no-ui", "--no-quickstart", timeout_s=120)
+    yield served
+    assert stop_server(served) == 0
+
+
+@pytest.fixture(scope="module")
+def store(served: Served) -> AdapterStore:
+    """The server's store, with one adapter that it has taken in."""
+    store = AdapterStore(Home(served.home), State(Home(served.home).database))
+    base = read_base(served.home / "base", "b" * 64)
+    store.adopt("bank", make_adapter(served.home / "peft", base))
+    hybrid(served.home, "ask", "Hello", "--model", "bank@1")  # settles the version, and waits for it
+    store.refresh()
+    return store
+
+
+def bench(home: Path, *args: str) -> dict:
+    done = hybrid(home, "bench", *args, "--json")
+    assert done.stdout.count("\n") == 1
+    return json.loads(done.stdout)
+
+
+def make_task(folder: Path, inputs: list[str]) -> Path:
+    folder.mkdir()
+    (folder / "task.json").write_text(json.dumps({"name": folder.name, "instruction": "Say hello."}))
+    rows = ({"id": str(i), "input": text, "reference": "x"} for i, text in enumerate(inputs))
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_every_benchmark_is_a_command_and_is_listed(tmp_path: Path) -> None:
+    listed = {row["name"]: row["description"] for row in bench(tmp_path, "list")["benchmarks"]}
+    assert listed == {name: benchmark.description for name, benchmark in BENCHMARKS.items()}
+    assert set(get_command(app).commands) == {*BENCHMARKS, "list"}  # type: ignore[attr-defined]
+
+
+def test_routing_counts_what_the_gate_chose(served: Served, store: AdapterStore, tmp_path: Path) -> None:
+    greetings = [f"Good morning number {i}, how are you?" for i in range(8)]
+    mine, other = make_task(tmp_path / "mine", greetings), make_task(tmp_path / "other", greetings[:3])
+    found = bench(
+        served.home, "routing", "--task", f"{mine}=prompt,base", "--task", f"{other}=bank", "--limit", "5", "--bare"
+    )
+    first, second = found["rows"]
+    assert (first["task"], first["n"], first["share"], first["confused"]) == ("mine", 5, 1.0, {})
+    assert (second["task"], second["n"], second["right"], sum(second["confused"].values())) == ("other", 3, 0, 3)
+    assert found["summary"]["right"] == 5
+    assert found["summary"]["ci95"] == wilson(5, 8)
+    assert 0 < first["route_ms"]["p50"] <= first["route_ms"]["p95"]
+    share, _ = found["goals"]
+    assert (share["value"], share["limit"], share["met"]) == (0.625, 0.97, False)
+
+
+def test_routing_says_what_is_no_task(tmp_path: Path) -> None:
+    with pytest.raises(BadRequest, match="DIR=ARM"):
+        Owned.parse("folder")
+    assert Owned.parse("folder=bank, rag:facts") == Owned(Path("folder"), frozenset(["adapter:bank", "rag:facts"]))
+
+
+def test_wilson_is_the_score_interval() -> None:
+    assert wilson(195, 200) == [0.9428, 0.9893]
+    assert wilson(0, 10)[0] == 0.0
+
+
+async def test_hotload_publishes_while_streams_run_and_cleans_up(served: Served, store: AdapterStore) -> None:
+    found = await asyncio.to_thread(bench, served.home, "hotload", "--streams", "3", "--repeat", "2")
+    names = [row["adapter"] for row in found["rows"]]
+    assert len(set(names)) == 2
+    assert all(name.startswith("bench-") for name in names)
+    summary = found["summary"]
+    assert (summary["copied"], summary["failed"], summary["stalled"]) == ("bank@1", 0, 0), summary
+    assert summary["finished"] >= 3
+    assert found["goals"][0]["met"]
+    store.refresh()
+    assert store.names() == ["bank"]
+
+    def forgotten() -> bool:
+        return {row["name"] for row in served.get("/v1/status")["adapters"]} == {"bank"}
+
+    await until(forgotten)
+    assert not list((served.home / "adapters").glob("bench-*"))
+
+
+async def test_hotload_tells_streams_that_break_from_those_that_stall(
+    served: Served, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hotload, "STALL_S", 0.3)
+    asked = itertools.count()
+
+    async def chat(request: web.Request) -> web.StreamResponse:
+        if not (await request.json()).get("stream"):
+            await asyncio.sleep(1)
+            return web.json_response({"choices": []})
+        number = next(asked)
+        if number == 0:
+            return web.json_response({"error": {"message": "full", "code": "overloaded"}}, status=503)
+        answer = web.StreamResponse()
+        await answer.prepare(request)
+        await answer.write(b"data: {}\n\n")
+        if number == 1:
+            await asyncio.sleep(5)
+        await answer.write(b'data: {"error": {"message": "broke off"}}\n\n' if number == 2 else b"data: [DONE]\n\n")
+        await asyncio.sleep(0.05)
+        return answer
+
+    fake = web.Application()
+    fake.router.add_post("/v1/chat/completions", chat)
+    async with TestServer(fake) as server:
+        broken = reach.Server(str(server.make_url("")), served.process.pid, "")
+        result = await hotload.measure(broken, store, adapter="bank", streams=3, repeat=1, progress=lambda *_: None)
+    summary = result.summary
+    assert (summary["failed"], summary["stalled"]) == (2, 1), summary
+    assert summary["finished"] > 3
+    assert any("broke off" in reason for reason in summary["reasons"])
+    assert not result.goals[0].met
+    assert not list((served.home / "adapters").glob("bench-*"))
+
+
+def test_startup_starts_stops_and_tells_when(served: Served, tmp_path: Path) -> None:
+    done = hybrid(tmp_path, "bench", "startup", "--repeat", "1", "--no-ui", "--json")
+    found = json.loads(done.stdout)
+    (row,) = found["rows"]
+    assert 0 < row["livez_s"] <= row["readyz_s"] <= row["first_token_s"]
+    assert found["summary"]["engine"] == "scripted"
+    assert not list(tmp_path.iterdir()), "a benchmark writes nothing but its result"
+
+
+def test_a_table_for_people(served: Served, store: AdapterStore, tmp_path: Path) -> None:
+    task = make_task(tmp_path / "mine", ["Good morning"])
+    said = hybrid(served.home, "bench", "routing", "--task", f"{task}=prompt").stdout
+    header, row = said.splitlines()[:2]
+    assert header.split()[:4] == ["task", "n", "right", "share"]
+    assert row.split()[:2] == ["mine", "1"]
+    assert "goal ≥ 0.97" in said
