@@ -27,6 +27,7 @@ from hybrid.engine import Engine
 from hybrid.errors import BadRequest, HybridError, ModelNotFound, NotFound, NotReady
 from hybrid.gate.decide import Decider, new_id
 from hybrid.gate.enrol import Enrolment
+from hybrid.gate.published import newest_card
 from hybrid.journal import Journal
 from hybrid.knowledge.search import Library
 from hybrid.knowledge.shelves import Shelves
@@ -261,7 +262,10 @@ class Gateway:
             "engine": catalog.engine(self.engine.status()),
             "adapters": [catalog.adapter(v, self.store.alias(v.name)) for v in self.store.versions()],
             "corpora": catalog.corpora(self.library),
-            "gate": {"arms": [str(arm) for arm in self.decider.gate.arms()], "generation": self._enrolment.generation},
+            "gate": {
+                "arms": [str(arm) for arm in self.decider.gate.arms()],
+                "version": newest_card(self.settings.rooms).get("version"),
+            },
             "jobs": self.state.jobs(),
             "versions": catalog.versions(),
         }

@@ -16,7 +16,7 @@ from hybrid.gate.general import general_lines, general_vectors, outside_lines, o
 from hybrid.gate.lexicon import Lexicon, bare_input, look
 from hybrid.gate.model import DEFAULT, Gate, Scores, Weights
 from hybrid.gate.policy import Policy
-from hybrid.gate.published import load_gate, publish_gate, versions
+from hybrid.gate.published import fingerprint, load_gate, newest_card, publish_gate, versions
 from hybrid.gate.train import pseudo_questions, train_gate
 from hybrid.knowledge.embed import Embedder
 from hybrid.models import materialise
@@ -392,3 +392,12 @@ def test_a_gate_that_does_not_fit_is_refused(tmp_path: Path, harm: str) -> None:
         (folder / "gate.safetensors").unlink()
     with pytest.raises(Refused, match="gate@"):
         load_gate(home, "other" if harm == "embedder" else "e5", 7 if harm == "version" else None)
+
+
+def test_a_gate_belongs_to_the_very_arms_it_was_fitted_to(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    arms = [(Arm("adapter", ("a",)), "a@1-abc"), (Arm("rag", ("docs",)), "4")]
+    assert newest_card(home) == {}
+    publish_gate(home, DEFAULT, "e5", {"enrolled": fingerprint(arms)})
+    assert newest_card(home)["enrolled"] == fingerprint(reversed(arms))
+    assert fingerprint([arms[0], (arms[1][0], "5")]) != fingerprint(arms)

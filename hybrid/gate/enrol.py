@@ -13,14 +13,16 @@ from functools import partial
 from pathlib import Path
 
 from hybrid.adapters.store import AdapterStore
-from hybrid.errors import HybridError
+from hybrid.errors import HybridError, Refused
 from hybrid.gate.features import Vectors
 from hybrid.gate.general import general_lines, general_vectors, outside_lines, outside_vectors
-from hybrid.gate.model import Gate
+from hybrid.gate.model import Gate, Weights
+from hybrid.gate.published import fingerprint, load_gate, newest_card, publish_gate
 from hybrid.gate.train import train_gate
 from hybrid.knowledge.search import Library
 from hybrid.knowledge.shelves import Shelves
-from hybrid.types import PROMPT, Arm, Passage
+from hybrid.rooms import Home
+from hybrid.types import Arm, Passage
 
 log = logging.getLogger("hybrid.gate")
 SAMPLE = 4000
@@ -32,10 +34,11 @@ class Enrolment:
     `warm` is set once the first comparison is done: until then no request should be routed.
     """
 
-    def __init__(self, store: AdapterStore, shelves: Shelves, library: Library, cache: Path) -> None:
+    def __init__(self, home: Home, store: AdapterStore, shelves: Shelves, library: Library, cache: Path) -> None:
         self.gate = Gate()
         self.warm = False
         self.generation = 0
+        self._home = home
         self._store = store
         self._shelves = shelves
         self._library = library
@@ -55,7 +58,7 @@ class Enrolment:
 
     def _apply(self, changed: Mapping[Arm, tuple[str, Callable[[], object]]], gone: list[Arm]) -> None:
         embedder = self._library.embedder
-        if PROMPT not in self._seen:
+        if not self.generation:
             lines = general_lines()
             self.gate.enrol_general(lines, general_vectors(embedder.embed, embedder.digest, self._cache))
             self.gate.enrol_outside(outside_lines(), outside_vectors(embedder.embed, embedder.digest, self._cache))
@@ -70,8 +73,24 @@ class Enrolment:
                 # an arm that cannot be enrolled is still served by its name
                 log.warning("%s is not routed to: %s", arm, error.message)
             self._seen[arm] = mark
-        self.gate.weights = train_gate(self.gate.bank, embedder.embed)
+        self.gate.weights = self._fitted()
         self.generation += 1
+
+    def _fitted(self) -> Weights:
+        """The weights for what is enrolled: those published for the very same arms, or new ones, published too."""
+        embedder = self._library.embedder
+        enrolled = fingerprint(self._seen.items())
+        try:
+            known = load_gate(self._home, embedder.digest)
+            if known is not None and newest_card(self._home).get("enrolled") == enrolled:
+                return known
+        except Refused as refusal:
+            log.warning("%s", refusal.message)
+        weights = train_gate(self.gate.bank, embedder.embed)
+        if self._seen:
+            facts = {"enrolled": enrolled, "arms": sorted(map(str, self._seen))}
+            publish_gate(self._home, weights, embedder.digest, facts)
+        return weights
 
     def _adapters(self) -> dict[Arm, tuple[str, Callable[[], object]]]:
         """Every live adapter that brought examples."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from hybrid.errors import Refused
 from hybrid.gate.features import COLUMNS
 from hybrid.gate.model import Weights
 from hybrid.rooms import CARD, Home, publish, sha256_file, write_json
+from hybrid.types import Arm
 
 _FILE = "gate.safetensors"
 
@@ -42,6 +45,22 @@ def versions(home: Home) -> list[int]:
     """The published versions, oldest first."""
     folder = home.adapters / "gate"
     return sorted(int(p.parent.name) for p in folder.glob(f"*/{CARD}") if p.parent.name.isdecimal())
+
+
+def newest_card(home: Home) -> dict[str, Any]:
+    """The card of the newest published gate; empty where there is none or it cannot be read."""
+    known = versions(home)
+    try:
+        card = json.loads((home.adapters / "gate" / str(known[-1]) / CARD).read_text(encoding="utf-8")) if known else {}
+    except (OSError, ValueError):
+        return {}
+    return card if isinstance(card, dict) else {}
+
+
+def fingerprint(enrolled: Iterable[tuple[Arm, str]]) -> str:
+    """What a set of enrolled arms is called: equal where every arm's material is the same."""
+    text = json.dumps(sorted((str(arm), mark) for arm, mark in enrolled))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def load_gate(home: Home, embedder: str, version: int | None = None) -> Weights | None:
