@@ -129,9 +129,7 @@ def _questions(folder: Path, limit: int, bare: bool) -> list[str]:
         lines = (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()
         inputs = [json.loads(line)["input"] for line in lines if line.strip()]
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{folder} is no task folder with task.json and test.jsonl ({error}); `hybrid tasks check` looks closer."
-        ) from error
+        raise DataError(f"{folder} is no task folder with task.json and test.jsonl ({error}).") from error
     if not inputs:
         raise DataError(f"{folder / 'test.jsonl'} holds no rows; give a task that has a test split.")
     drawn = random.Random(SEED).sample(inputs, min(limit, len(inputs)))

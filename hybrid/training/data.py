@@ -90,7 +90,7 @@ def _task_json(folder: Path) -> dict[str, Any]:
     try:
         task = json.loads(path.read_bytes())
     except ValueError as error:
-        raise DataError(f"{path} is not valid JSON: {error}. Correct it; `hybrid tasks check` helps.") from error
+        raise DataError(f"{path} is not valid JSON: {error}. Correct that place.") from error
     if not isinstance(task, dict):
         raise DataError(f"{path} holds {type(task).__name__}; write one object with name, instruction, metric.")
     for field, kind in {"name": str, "instruction": str, "metric": str, "labels": list}.items():
