@@ -61,8 +61,9 @@ def measure(forward: Forward, rows: Sequence[Encoded]) -> Measured:
     with torch.no_grad():
         for pack in packs(rows):
             logits = forward(pack).float()
-            loss += float(torch.nn.functional.cross_entropy(logits, pack.targets, reduction="sum"))
-            hits = logits.argmax(-1) == pack.targets
+            targets = pack.targets.to(logits.device)
+            loss += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+            hits = (logits.argmax(-1) == targets).cpu()
             right += float(hits.sum())
             whole += float(torch.ones(pack.rows).scatter_reduce(0, pack.owners, hits.float(), "amin").sum())
     return Measured(loss / tokens, right / tokens, whole / len(rows))
@@ -135,7 +136,8 @@ def _backward(forward: Forward, rows: Sequence[Encoded], step: int) -> float:
     scale = 1 / sum(len(row.answer) for row in rows)
     total = 0.0
     for pack in packs(rows):
-        loss = fast_loss()(forward(pack), pack.targets, scale)
+        logits = forward(pack)
+        loss = fast_loss()(logits, pack.targets.to(logits.device), scale)
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     if not math.isfinite(total):

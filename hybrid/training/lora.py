@@ -107,15 +107,15 @@ def forward_of(model: Any) -> Forward:
     """The model as a function from a pack to the logits [A, vocabulary] of its answer places."""
 
     def forward(pack: Pack) -> Tensor:
-        out = model(
-            input_ids=pack.ids,
-            attention_mask=pack.mask.to(model.dtype),
-            position_ids=pack.positions,
-            logits_to_keep=pack.keep,
-            use_cache=False,
-            prefix_mask=pack.prefix_mask.to(model.dtype),
-            rows=pack.rows,
-        )
+        tensors = {
+            "input_ids": pack.ids,
+            "position_ids": pack.positions,
+            "attention_mask": pack.mask.to(model.dtype),
+            "prefix_mask": pack.prefix_mask.to(model.dtype),
+            "logits_to_keep": pack.keep,
+        }
+        there = {name: tensor.to(model.device) for name, tensor in tensors.items()}
+        out = model(**there, rows=pack.rows, use_cache=False)
         logits: Tensor = out.logits[0]
         return logits
 
