@@ -140,7 +140,7 @@ def _from_gguf(source: Path, folder: Path) -> None:
     """GGUF to bfloat16 safetensors. Dequantised in float32 first, so that each weight is rounded once."""
     offline_environment()
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -151,6 +151,15 @@ def _from_gguf(source: Path, folder: Path) -> None:
         gguf_file=source.name,
         dtype=torch.float32,
         quantization_config=GgufConfig(dequantize=True),
+    )
+    # what its makers sample with; the GGUF does not say, and at temperature 1 so small a model babbles
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=True,
+        temperature=0.2,
+        top_p=0.9,
     )
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
