@@ -124,10 +124,7 @@ def test_a_factual_question_is_answered_from_the_corpus_with_the_passage_cited(
     questions = rows(data / "rag_nq" / "test.jsonl")[:10]
     for row in questions:
         _, message = ask(client, f"{instruction}\n\n{row['input']}", model="rag:facts")
-        ids = {
-            a["file_citation"]["filename"]
-            for a in (message.model_extra or {}).get("annotations") or message.annotations
-        }
+        ids = {note["file_citation"]["filename"] for note in message.model_dump()["annotations"]}
         cited += bool(ids & set(row["meta"]["gold_passages"]))
     assert cited >= 8
 

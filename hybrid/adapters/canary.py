@@ -6,9 +6,10 @@ with and without the adapter before a name may point at it.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ PROMPTS = (
     '{"name": "Ada", "city": "London", "items": [1, 2, 3]}',
 )
 
+Score = Callable[[Engine, str, str | None], Awaitable[tuple[float, ...]]]
 #: the engine's own repeatability, in nats. On a CPU vLLM 0.32 repeats itself exactly, beside other requests too, and
 #: an adapter of zeros differs by 0.0000; one optimiser step at a learning rate of 1e-5 shows as 0.1 in some token.
 NOISE = 1e-4
@@ -62,18 +64,26 @@ async def canary(engine: Engine, ref: AdapterRef, recording: Recording | None = 
     """
     score = _score_prompt
     try:
-        base = [await score(engine, text, None) for text in PROMPTS]
+        base = await _scores(score, engine, None)
     except (EngineError, NotFound):
         score, recording = _score_answer, None
         try:
-            base = [await score(engine, text, None) for text in PROMPTS]
+            base = await _scores(score, engine, None)
         except (EngineRejected, NotFound):
             return "not canaried: this engine gives no log-probabilities"
-    adapted = [await score(engine, text, ref.engine_name) for text in PROMPTS]
-    _check_effect(base, adapted)
+    texts = (*PROMPTS, recording.prompt) if recording else PROMPTS
+    adapted = await _scores(score, engine, ref.engine_name, texts)
+    _check_effect(base, adapted[: len(PROMPTS)])
     if recording is not None:
-        _check_agreement(recording, await _score_prompt(engine, recording.prompt, ref.engine_name))
+        _check_agreement(recording, adapted[-1])
     return "" if score is _score_prompt else "canaried on greedy answers: this engine does not score prompts"
+
+
+async def _scores(
+    score: Score, engine: Engine, adapter: str | None, texts: Sequence[str] = PROMPTS
+) -> list[tuple[float, ...]]:
+    """All texts at once: beside running streams each call waits for a step or two, and their waits are one."""
+    return list(await asyncio.gather(*(score(engine, text, adapter) for text in texts)))
 
 
 async def _score_prompt(engine: Engine, text: str, adapter: str | None) -> tuple[float, ...]:
