@@ -52,8 +52,10 @@ async def open_gateway(settings: Settings, progress: Progress | None = None) -> 
     enrolment = Enrolment(home, store, shelves, library, settings.cache)
     gateway: Gateway
 
+    changed = asyncio.Event()
+
     async def reenrol() -> None:
-        await asyncio.to_thread(enrolment.refresh)
+        changed.set()  # fitting the gate takes seconds, and the next adapter must not wait for it
 
     loader = HotLoader(
         store,
@@ -78,7 +80,7 @@ async def open_gateway(settings: Settings, progress: Progress | None = None) -> 
         enrolment=enrolment,
     )
     tasks = [
-        asyncio.create_task(_keep_in_step(enrolment, library, shelves)),
+        asyncio.create_task(_keep_in_step(enrolment, library, changed)),
         asyncio.create_task(loader.run()),
         asyncio.create_task(gateway.journal.run()),
     ]
@@ -92,16 +94,18 @@ async def open_gateway(settings: Settings, progress: Progress | None = None) -> 
         state.close()
 
 
-async def _keep_in_step(enrolment: Enrolment, library: Library, shelves: Shelves) -> None:
-    """Warms the gate, then notices what other processes publish: corpora, adapters, tasks."""
+async def _keep_in_step(enrolment: Enrolment, library: Library, changed: asyncio.Event) -> None:
+    """Warms the gate, then takes in what is published: at once where `changed` tells, else within a second."""
     while True:
+        changed.clear()
         try:
             await asyncio.to_thread(library.refresh)
             await asyncio.to_thread(enrolment.refresh)
         except Exception:
             # a half-copied folder or a full disk must not stop the watching
             log.exception("the home could not be read; trying again")
-        await asyncio.sleep(REFRESH_S)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(changed.wait(), REFRESH_S)
 
 
 def _example_folders(home: Home, store: AdapterStore) -> Mapping[str, Path]:

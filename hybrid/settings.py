@@ -76,7 +76,7 @@ class RetrievalSettings(_Section):
 class GateSettings(_Section):
     """The rules around the learned scores."""
 
-    deadline_ms: float = Field(50.0, description="a slower gate is not waited for")
+    deadline_ms: float = Field(200.0, description="a slower gate is not waited for")
     quality_cost: float = Field(0.7, ge=0, le=1, description="0 cheapest, 1 best")
     default_arm: str = Field("prompt", description="answers when the gate cannot")
     abstain_below: float = Field(0.4, ge=0, le=1, description="a narrow arm less likely than this is not taken")
