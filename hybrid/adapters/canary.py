@@ -32,6 +32,9 @@ NOISE = 1e-4
 #: for a trained one with half or twice its scale, half of its layers or ignored. An adapter whose whole effect is
 #: smaller than this cannot be told from rounding, and passes.
 TOLERANCE = 0.15
+#: rounding grows with what the adapter does to the text: long training moves tokens it never learned by several nats.
+#: A share of the mean effect is allowed where that is more; half or twice the scale differs by far more than this.
+TOLERANCE_OF_EFFECT = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,25 +66,23 @@ async def canary(engine: Engine, ref: AdapterRef, recording: Recording | None = 
     none at all is believed: the remark says so.
     """
     score = _score_prompt
+    texts = (*PROMPTS, recording.prompt) if recording else PROMPTS
     try:
-        base = await _scores(score, engine, None)
+        base = await _scores(score, engine, None, texts)
     except (EngineError, NotFound):
-        score, recording = _score_answer, None
+        score, recording, texts = _score_answer, None, PROMPTS
         try:
-            base = await _scores(score, engine, None)
+            base = await _scores(score, engine, None, texts)
         except (EngineRejected, NotFound):
             return "not canaried: this engine gives no log-probabilities"
-    texts = (*PROMPTS, recording.prompt) if recording else PROMPTS
     adapted = await _scores(score, engine, ref.engine_name, texts)
-    _check_effect(base, adapted[: len(PROMPTS)])
+    _check_effect(base, adapted)
     if recording is not None:
-        _check_agreement(recording, adapted[-1])
+        _check_agreement(recording, base[-1], adapted[-1])
     return "" if score is _score_prompt else "canaried on greedy answers: this engine does not score prompts"
 
 
-async def _scores(
-    score: Score, engine: Engine, adapter: str | None, texts: Sequence[str] = PROMPTS
-) -> list[tuple[float, ...]]:
+async def _scores(score: Score, engine: Engine, adapter: str | None, texts: Sequence[str]) -> list[tuple[float, ...]]:
     """All texts at once: beside running streams each call waits for a step or two, and their waits are one."""
     return list(await asyncio.gather(*(score(engine, text, adapter) for text in texts)))
 
@@ -119,16 +120,21 @@ def _check_effect(base: Sequence[Sequence[float]], adapted: Sequence[Sequence[fl
         )
 
 
-def _check_agreement(recording: Recording, ours: Sequence[float]) -> None:
+def _check_agreement(recording: Recording, base: Sequence[float], ours: Sequence[float]) -> None:
     if len(ours) != len(recording.logprobs):
         raise Refused(
             f"engine and PEFT disagree: the canary's text has {len(ours)} tokens here and "
             f"{len(recording.logprobs)} in the card; the adapter was trained with another tokenizer."
         )
-    differences = [abs(a - b) for a, b in zip(ours, recording.logprobs, strict=True)]
-    mean = sum(differences) / len(differences)
-    if not mean <= TOLERANCE:
+    mean = _apart(ours, recording.logprobs)
+    limit = max(TOLERANCE, TOLERANCE_OF_EFFECT * _apart(base, recording.logprobs))
+    if not mean <= limit:
         raise Refused(
-            f"engine and PEFT disagree: log-probabilities differ by {mean:.3f} nats a token, {TOLERANCE} is the most "
+            f"engine and PEFT disagree: log-probabilities differ by {mean:.3f} nats a token, {limit:.3f} is the most "
             "that rounding explains. The adapter was trained on another base, or the engine misreads it."
         )
+
+
+def _apart(some: Sequence[float], others: Sequence[float]) -> float:
+    """The mean absolute difference."""
+    return sum(abs(a - b) for a, b in zip(some, others, strict=True)) / len(some)
