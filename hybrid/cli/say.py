@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 #: NO_COLOR and dumb terminals are rich's business
-words = Console(stderr=True, highlight=False, soft_wrap=True)
+words = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)  # adapter:bank is no emoji
 
 
 def say(text: str) -> None:
