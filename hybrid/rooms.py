@@ -95,6 +95,21 @@ class Home:
         return self.hidden / "state.db"
 
     @property
+    def queue(self) -> Path:
+        """The ids of the jobs that wait, in order."""
+        return self.hidden / "queue.db"
+
+    @property
+    def files(self) -> Path:
+        """What was uploaded, and the results of jobs: one file an id."""
+        return self.hidden / "files"
+
+    @property
+    def jobs(self) -> Path:
+        """A folder for each job: the data it reads, and its log."""
+        return self.hidden / "jobs"
+
+    @property
     def logs(self) -> Path:
         return self.hidden / "logs"
 

@@ -1,33 +1,46 @@
 """What must not be lost: one SQLite file through SQLAlchemy, WAL with synchronous=FULL.
 
-A committed transaction survives a power cut. Every statement is built from columns and bound parameters.
+A committed transaction survives a power cut. Every statement is built from columns and bound parameters. The file
+knows its schema's number (`PRAGMA user_version`): an older one is backed up beside itself and gets what it lacks, a
+newer one is refused.
 """
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from sqlalchemy import (
     JSON,
     Column,
     Connection,
     Engine,
     Float,
+    ForeignKey,
     Integer,
     MetaData,
     String,
     Table,
     Text,
+    UniqueConstraint,
     create_engine,
     event,
     insert,
+    inspect,
     select,
 )
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.schema import CreateColumn, Index
+
+from hybrid.errors import SetupError
+
+#: the number of this schema; the first one was written without a number
+SCHEMA = 2
 
 schema = MetaData()
 
@@ -87,6 +100,7 @@ keys = Table(
     Column("revoked", Float),
 )  # fmt: skip
 
+#: background work; `wanted` (run, pause, cancel) is what was asked of it, `status` what it came to
 jobs = Table(
     "jobs", schema,
     Column("id", String, primary_key=True),
@@ -97,6 +111,52 @@ jobs = Table(
     Column("error", Text, nullable=False, default=""),
     Column("created", Float, nullable=False, default=time.time),
     Column("updated", Float, nullable=False, default=time.time),
+    Column("caller", String, nullable=False, server_default="local"),
+    Column("idempotency_key", String),
+    Column("wanted", String, nullable=False, server_default="run"),
+    Column("result", JSON),
+    Column("error_code", String),
+    Column("error_param", String),
+    Column("started", Float),
+    Column("finished", Float),
+    Column("pid", Integer),
+)  # fmt: skip
+#: a request that is sent twice makes one job; an index, so that an older table can get it too
+Index("jobs_once", jobs.c.caller, jobs.c.idempotency_key, unique=True)
+
+job_events = Table(
+    "job_events", schema,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("job", String, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False, index=True),
+    Column("at", Float, nullable=False, default=time.time),
+    Column("level", String, nullable=False, default="info"),
+    Column("type", String, nullable=False, default="message"),
+    Column("message", Text, nullable=False),
+    Column("data", JSON, nullable=False, default=dict),
+)  # fmt: skip
+
+job_checkpoints = Table(
+    "job_checkpoints", schema,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("job", String, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("step", Integer, nullable=False),
+    Column("at", Float, nullable=False, default=time.time),
+    Column("path", String, nullable=False),
+    Column("metrics", JSON, nullable=False),
+    UniqueConstraint("job", "step"),
+)  # fmt: skip
+
+#: uploads and results; the bytes are `.hybrid/files/<id>`
+files = Table(
+    "files", schema,
+    Column("id", String, primary_key=True),
+    Column("caller", String, nullable=False, index=True),
+    Column("filename", String, nullable=False),
+    Column("purpose", String, nullable=False),
+    Column("bytes", Integer, nullable=False),
+    Column("sha256", String, nullable=False),
+    Column("status", String, nullable=False, default="processed"),
+    Column("created", Float, nullable=False, default=time.time),
 )  # fmt: skip
 
 
@@ -116,10 +176,48 @@ def open_sqlite(path: Path, tables: MetaData) -> Engine:
     return engine
 
 
+def upgrade(path: Path) -> None:
+    """Brings the database at `path` to this schema; what it held before is kept beside it as `state.v1.db`.
+
+    Raises SetupError for one that a newer hybrid wrote: reading it as ours could lose what we do not know of.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".upgrade.lock")), closing(sqlite3.connect(path, timeout=30)) as old:
+        number = int(old.execute("PRAGMA user_version").fetchone()[0])
+        if number > SCHEMA:
+            raise SetupError(
+                f"{path} was written by a newer hybrid (schema {number}; this one knows {SCHEMA}). "
+                f"Install that version again, or put back the copy {path.stem}.v{SCHEMA}.db that it kept."
+            )
+        if number == SCHEMA:
+            return
+        if old.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            with closing(sqlite3.connect(path.with_name(f"{path.stem}.v{number or 1}.db"))) as copy:
+                old.backup(copy)
+        engine = open_sqlite(path, schema)
+        _add_columns(engine)
+        engine.dispose()
+        old.execute(f"PRAGMA user_version = {SCHEMA}")
+
+
+def _add_columns(engine: Engine) -> None:
+    """What the tables lack: columns (each is nullable or has a default of the server's), then indexes over them."""
+    for table in schema.sorted_tables:
+        there = {column["name"] for column in inspect(engine).get_columns(table.name)}
+        with engine.begin() as connection:
+            for column in table.columns:
+                if column.name not in there:
+                    told = CreateColumn(column).compile(dialect=engine.dialect)
+                    connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {told}")
+            for index in table.indexes:
+                index.create(connection, checkfirst=True)
+
+
 class State:
-    """The control database of one home."""
+    """The control database of one home. Raises SetupError when a newer hybrid wrote it."""
 
     def __init__(self, path: Path) -> None:
+        upgrade(path)
         self._engine = open_sqlite(path, schema)
 
     @contextmanager
@@ -157,10 +255,13 @@ class State:
             connection.execute(statement.on_conflict_do_update(index_elements=["id"], set_=row))
 
     def jobs(self, limit: int = 50) -> list[dict[str, Any]]:
-        """The newest jobs, newest first."""
+        """The newest jobs, newest first, of every caller: therefore only their names of what was asked."""
+        shown = (jobs.c.id, jobs.c.kind, jobs.c.status, jobs.c.progress, jobs.c.error, jobs.c.created, jobs.c.updated)
+        query = select(*shown, jobs.c.spec).order_by(jobs.c.created.desc()).limit(limit)
         with self._engine.connect() as connection:
-            rows = connection.execute(select(jobs).order_by(jobs.c.created.desc()).limit(limit)).mappings()
-            return [dict(row) for row in rows]
+            return [
+                {**row, "spec": {"name": row["spec"].get("name", "")}} for row in connection.execute(query).mappings()
+            ]
 
     def close(self) -> None:
         """Releases every connection."""
