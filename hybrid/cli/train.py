@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from hybrid.knowledge.embed import Embedder
 from hybrid.models import ModelFiles, materialise
 from hybrid.settings import Settings, offline_environment, share_cores
 from hybrid.state import State
+from hybrid.training.control import Control, Wanted
 from hybrid.training.recipes import parse_sets
 from hybrid.training.run import TrainResult
 from hybrid.training.run import train as run_training
@@ -35,11 +37,14 @@ def train(
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="the result as the last line of stdout")] = False,
     progress_json: Annotated[bool, typer.Option("--progress-json", help="progress as JSON lines on stdout")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="do not go on from an interrupted run's checkpoint")] = False,
 ) -> None:
     """Trains an adapter on a task folder or data file and publishes it; a running server loads it by itself.
 
     hybrid train eval/tasks/tickets
     hybrid train ./bank --name bank --set epochs=2 --set rank=16 --json
+
+    Ctrl-C saves a checkpoint, and the same command goes on from it; a second Ctrl-C quits at once.
     """
     settings = Settings.load()
     offline_environment()
@@ -49,7 +54,7 @@ def train(
         model = materialise(settings.model, settings.cache, step)
         embedding = materialise(settings.embedder, settings.cache, step)
     store = AdapterStore(settings.rooms, State(settings.rooms.database), model.sha256)
-    with _reporter(progress_json) as progress:
+    with _reporter(progress_json) as progress, _interruptible() as control:
         result = run_training(
             source,
             settings=settings,
@@ -59,7 +64,11 @@ def train(
             store=store,
             embedder=Embedder(embedding.path, embedding.name),
             model=model,
+            control=control,
+            fresh=fresh,
         )
+    if result is None:  # another process of the team publishes
+        return
     try:
         reason, code = _hand_over(settings, store, result, model), 0
     except (EngineRejected, Refused) as error:
@@ -106,6 +115,33 @@ def _settle(settings: Settings, store: AdapterStore, result: TrainResult, model:
     return "served from the next start of `hybrid serve`"
 
 
+class _Interrupts:
+    """Pauses the run at the first signal."""
+
+    def __init__(self) -> None:
+        self._wanted: Wanted = "run"
+
+    def wanted(self) -> Wanted:
+        return self._wanted
+
+    def __call__(self, _signal: int, _frame: Any) -> None:
+        if self._wanted == "pause":
+            raise KeyboardInterrupt
+        self._wanted = "pause"
+        say("Saving a checkpoint; press Ctrl-C again to quit at once.")
+
+
+@contextmanager
+def _interruptible() -> Iterator[Control]:
+    interrupts = _Interrupts()
+    before = {number: signal.signal(number, interrupts) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupts
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @contextmanager
 def _reporter(as_json: bool) -> Iterator[Callable[..., None]]:
     """A progress callback: JSON lines on stdout, a bar on a terminal, a line now and then elsewhere."""
@@ -120,14 +156,15 @@ def _reporter(as_json: bool) -> Iterator[Callable[..., None]]:
         task = progress.add_task("", total=None)
 
         def update(**told: Any) -> None:
-            progress.update(task, completed=told["step"], total=told["steps"], description=_sentence(told))
+            if "step" in told:
+                progress.update(task, completed=told["step"], total=told["steps"], description=_sentence(told))
 
         yield update
 
 
 def _lines(every: int = 10) -> Callable[..., None]:
     def update(**told: Any) -> None:
-        if told["step"] % every == 0 or told["step"] == told["steps"]:
+        if "step" in told and (told["step"] % every == 0 or told["step"] == told["steps"]):
             say(f"step {told['step']}/{told['steps']}  {_sentence(told)}")
 
     return update

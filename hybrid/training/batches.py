@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from hybrid.errors import DataError, SetupError
 from hybrid.training.formats import Example
@@ -89,7 +89,17 @@ def encode(
     return fitting, [e for e, row in zip(examples, rows, strict=True) if row.length > max_length]
 
 
-def batches(rows: Sequence[Encoded], size: int, seed: int) -> Iterator[list[Encoded]]:
+class Sized(Protocol):
+    """A row of any objective: `length` is its tokens, by which batches are sorted and throughput is counted."""
+
+    @property
+    def length(self) -> int: ...
+
+
+Row = TypeVar("Row", bound=Sized)
+
+
+def batches(rows: Sequence[Row], size: int, seed: int) -> Iterator[list[Row]]:
     """Batches of `size` rows of like length, for ever: a new order each epoch, the same for the same seed."""
     rng = random.Random(seed)
     while True:

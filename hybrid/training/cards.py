@@ -10,11 +10,12 @@ import yaml
 from hybrid.training.job import Fitted, Job
 
 
-def adapter_card(job: Job, fitted: Fitted, more: Mapping[str, Any]) -> dict[str, Any]:
+def artefact_card(job: Job, fitted: Fitted, more: Mapping[str, Any]) -> dict[str, Any]:
     """What `card.json` says of a run; the store adds name, version, hash and date."""
     data = job.data
     return {
         "task": data.name,
+        "kind": fitted.kind,
         "method": job.recipe.method,
         "recipe": job.recipe.model_dump(mode="json"),
         "base": job.model.name,
@@ -29,6 +30,7 @@ def adapter_card(job: Job, fitted: Fitted, more: Mapping[str, Any]) -> dict[str,
         "labels": list(data.labels),
         "license": data.license,
         "source": data.source,
+        **({"serve_with": fitted.serve_with} if fitted.serve_with else {}),
         **more,
     }
 

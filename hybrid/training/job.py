@@ -7,33 +7,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hybrid.knowledge.embed import Embedder
 from hybrid.models import ModelFiles
 from hybrid.training.data import Dataset
-from hybrid.training.loop import Progress
+from hybrid.training.loop import Watch
 from hybrid.training.recipes import Recipe
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run: what to learn from, how, and from which base model."""
+    """One run: what to learn from, how, from which base model, and who watches.
+
+    `embedder` is the one of the retriever, for methods that learn on its features.
+    """
 
     data: Dataset
     recipe: Recipe
     model: ModelFiles
-    progress: Progress
+    watch: Watch
+    embedder: Embedder
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
     """A trained method, not yet on disk.
 
-    `curve` holds `{"step", "loss", "dev_loss"}` of every dev measurement. `save(folder)` writes a PEFT folder and
-    returns what the card adds (the canary's recording); it is called once.
+    `curve` holds `{"step", "loss", "dev_loss"}` of every dev measurement. `save(folder)` writes the artefact and
+    returns what the card adds (the canary's recording, the weight file's name); it is called once. `kind` says what
+    the artefact is ("lora", "head", "weights", "peft", "prompt") and `serve_with` how one that is no LoRA is served.
     """
 
     metrics: dict[str, Any]
     curve: Sequence[Mapping[str, float]]
     save: Callable[[Path], dict[str, Any]]
+    kind: str = "lora"
+    serve_with: str = ""
 
 
 Method = Callable[[Job], Fitted]

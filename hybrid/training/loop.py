@@ -1,42 +1,58 @@
-"""The loop every gradient method shares: schedule, clipping, dev loss, early stop, the best weights kept."""
+"""The loop every gradient method shares: schedule, clipping, dev loss, early stop, the best weights, checkpoints."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hybrid.errors import BadRequest
-from hybrid.training.batches import Encoded, Pack, batches, packs
-from hybrid.training.kernels import fast_loss
+from hybrid.training.batches import Sized, batches
+from hybrid.training.checkpoints import Checkpoint, Checkpoints
+from hybrid.training.control import RUN, Control, Stopped
+from hybrid.training.objective import Objective
 from hybrid.training.recipes import Recipe
+from hybrid.training.team import Team
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.optim import AdamW
 
 CLIP = 1.0
 #: dev rows measured while training; the final numbers come from all of them
 DEV_GLANCE = 200
-
-#: logits [A, vocabulary] of a pack's answer places
-Forward = Callable[[Pack], "Tensor"]
+#: seconds between checkpoints at least, and how many times its own duration a save must wait
+CHECKPOINT_S, CHECKPOINT_SHARE = 30.0, 20.0
 
 
 class Progress(Protocol):
-    """Told `step`, `steps`, `loss`, `tokens_per_s`, `eta_s` at every step, and `dev_loss` when it was measured."""
+    """Told `step`, `steps`, `loss`, `tokens_per_s`, `eta_s` at every step, and `dev_loss` when it was measured.
+
+    Told `checkpoint` (its step), `path`, `loss` and `dev_loss` when a checkpoint is complete, and `phase` at each turn.
+    """
 
     def __call__(self, **told: Any) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """How well answers are predicted, teacher-forced. `exact` is the share of rows a greedy decoder would get whole."""
+class Group:
+    """Parameters that train at `rate` times the recipe's learning rate."""
 
-    loss: float
-    token_accuracy: float
-    exact: float
+    parameters: Sequence[Tensor]
+    rate: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Everything around a run that is not mathematics: who is told, who may stop it, where it is kept."""
+
+    progress: Progress
+    control: Control = RUN
+    checkpoints: Checkpoints = field(default_factory=lambda: Checkpoints(None))
+    team: Team = field(default_factory=Team)
 
 
 @dataclass(slots=True)
@@ -49,70 +65,26 @@ class Report:
     train_loss: float = math.nan
     best_step: int = 0
     stopped_early: bool = False
+    resumed_from: int = 0
     curve: list[Mapping[str, float]] = field(default_factory=list)
 
 
-def measure(forward: Forward, rows: Sequence[Encoded]) -> Measured:
-    """Mean loss in nats an answer token, the share of tokens right, the share of answers right throughout."""
-    import torch
-
-    loss = right = whole = 0.0
-    tokens = sum(len(row.answer) for row in rows)
-    with torch.no_grad():
-        for pack in packs(rows):
-            logits = forward(pack).float()
-            targets = pack.targets.to(logits.device)
-            loss += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-            hits = (logits.argmax(-1) == targets).cpu()
-            right += float(hits.sum())
-            whole += float(torch.ones(pack.rows).scatter_reduce(0, pack.owners, hits.float(), "amin").sum())
-    return Measured(loss / tokens, right / tokens, whole / len(rows))
-
-
 def optimise(
-    forward: Forward,
-    parameters: Sequence[Tensor],
-    train: Sequence[Encoded],
-    dev: Sequence[Encoded],
+    objective: Objective,
+    groups: Sequence[Group],
+    train: Sequence[Sized],
+    dev: Sequence[Sized],
     recipe: Recipe,
-    progress: Progress,
+    watch: Watch,
 ) -> Report:
-    """Trains `parameters` in place and leaves the best of them there.
+    """Trains the groups' parameters in place and leaves the best of them there.
 
-    Raises BadRequest when the loss stops being a number.
+    Goes on from the newest complete checkpoint, to where an uninterrupted run would have come. Raises BadRequest when
+    the loss stops being a number, Stopped when it is told to, SetupError when a checkpoint cannot be written.
     """
-    import torch
-
-    optimiser = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
-    steps, every = plan(len(train), recipe)
-    feed = batches(train, recipe.batch_size, recipe.seed)
-    best = _Best(parameters, recipe)
-    report = Report()
-    losses: list[float] = []
-    start = time.monotonic()
-    for step in range(1, steps + 1):
-        rows = [row for _ in range(recipe.accumulate) for row in next(feed)]
-        losses.append(_backward(forward, rows, step))
-        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        for group in optimiser.param_groups:
-            group["lr"] = recipe.learning_rate * rate(step, steps, recipe.warmup_ratio)
-        optimiser.step()
-        optimiser.zero_grad()
-        report.tokens += sum(row.length for row in rows)
-        told: dict[str, float] = {"loss": losses[-1]}
-        if step % every == 0 or step == steps:
-            told["dev_loss"] = best.offer(step, measure(forward, dev[:DEV_GLANCE]).loss)
-            report.curve.append({"step": step, "loss": _recent(losses), "dev_loss": told["dev_loss"]})
-        elapsed = time.monotonic() - start
-        per_s = report.tokens / elapsed
-        progress(step=step, steps=steps, tokens_per_s=per_s, eta_s=elapsed / step * (steps - step), **told)
-        if best.exhausted and step < steps:
-            report.stopped_early = True
-            break
-    best.restore()
-    report.steps, report.seconds = step, time.monotonic() - start
-    report.train_loss, report.best_step = _recent(losses), best.step
-    return report
+    run = _Run(objective, groups, train, dev, recipe, watch)
+    run.go()
+    return run.report
 
 
 def plan(rows: int, recipe: Recipe) -> tuple[int, int]:
@@ -131,29 +103,166 @@ def rate(step: int, steps: int, warmup_ratio: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - climb) / (steps - climb + 1)))
 
 
-def _backward(forward: Forward, rows: Sequence[Encoded], step: int) -> float:
-    """Accumulates the gradient of the mean loss an answer token over all rows; returns that mean."""
-    scale = 1 / sum(len(row.answer) for row in rows)
-    total = 0.0
-    for pack in packs(rows):
-        logits = forward(pack)
-        loss = fast_loss()(logits, pack.targets.to(logits.device), scale)
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
-    if not math.isfinite(total):
-        raise BadRequest(
-            f"The loss is no number any more at step {step}; use a lower learning_rate.", param="learning_rate"
+class _Run:
+    """One run's moving parts."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        groups: Sequence[Group],
+        train: Sequence[Sized],
+        dev: Sequence[Sized],
+        recipe: Recipe,
+        watch: Watch,
+    ) -> None:
+        import torch
+
+        self.report = Report()
+        self._objective, self._recipe, self._watch = objective, recipe, watch
+        self._dev = dev[:DEV_GLANCE]
+        self._parameters = [parameter for group in groups for parameter in group.parameters]
+        self._rates = [group.rate for group in groups]
+        self._optimiser = torch.optim.AdamW(
+            [{"params": list(group.parameters)} for group in groups],
+            lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True,
+        )  # fmt: skip
+        self._steps, self._every = plan(len(train), recipe)
+        self._feed = batches(train, recipe.batch_size, recipe.seed)
+        self._best = _Best(self._parameters, recipe)
+        self._losses: list[float] = []
+        self._start = self._saved = time.monotonic()
+        self._save_took = 0.0
+
+    def go(self) -> None:
+        """Steps until the plan, patience or the control ends it; then the best weights are put back."""
+        first = self._resume() + 1
+        for step in range(first, self._steps + 1):
+            self._heed(step - 1)
+            self._step(step)
+            if self._best.exhausted and step < self._steps:
+                self.report.stopped_early = True
+                break
+            self._keep(step)
+        self._best.restore()
+        self.report.seconds = time.monotonic() - self._start
+        self.report.train_loss, self.report.best_step = _recent(self._losses), self._best.step
+
+    def _step(self, step: int) -> None:
+        import torch
+
+        recipe, team = self._recipe, self._watch.team
+        rows = [row for batch in islice(self._feed, recipe.accumulate) for row in batch]
+        share = team.share(rows)
+        loss = self._objective.backward(share, 1 / self._objective.weight(rows)) if share else 0.0
+        (loss,) = team.sum(loss)
+        if not math.isfinite(loss):
+            raise BadRequest(
+                f"The loss is no number any more at step {step}; use a lower learning_rate.", param="learning_rate"
+            )
+        team.sum_gradients(self._parameters)
+        torch.nn.utils.clip_grad_norm_(self._parameters, CLIP)
+        for group, share_of_rate in zip(self._optimiser.param_groups, self._rates, strict=True):
+            group["lr"] = share_of_rate * recipe.learning_rate * rate(step, self._steps, recipe.warmup_ratio)
+        self._optimiser.step()
+        self._optimiser.zero_grad()
+        self._losses.append(loss)
+        self.report.steps = step
+        self.report.tokens += sum(row.length for row in rows)
+        self._tell(step, loss)
+
+    def _tell(self, step: int, loss: float) -> None:
+        told: dict[str, float] = {"loss": loss}
+        if step % self._every == 0 or step == self._steps:
+            told["dev_loss"] = self._best.offer(step, self._dev_loss())
+            self.report.curve.append({"step": step, "loss": _recent(self._losses), "dev_loss": told["dev_loss"]})
+        elapsed = time.monotonic() - self._start
+        per_s = self.report.tokens / elapsed
+        left = elapsed / step * (self._steps - step)
+        self._watch.progress(phase="training", step=step, steps=self._steps, tokens_per_s=per_s, eta_s=left, **told)
+
+    def _dev_loss(self) -> float:
+        share = self._watch.team.share(self._dev)
+        total, weight = self._watch.team.sum(
+            self._objective.total(share) if share else 0.0, self._objective.weight(share)
         )
-    return total
+        return total / weight
+
+    # --- stopping and going on -------------------------------------------------------------------------------------
+
+    def _heed(self, step: int) -> None:
+        wanted = self._watch.team.agree(self._watch.control.wanted())
+        if wanted == "run":
+            return
+        if wanted == "pause" and step:
+            self._save(step)
+        raise Stopped(wanted, step)
+
+    def _keep(self, step: int) -> None:
+        """Saves now and then: not so often that it shows in the throughput."""
+        due = time.monotonic() - self._saved > max(CHECKPOINT_S, CHECKPOINT_SHARE * self._save_took)
+        if step < self._steps and self._watch.checkpoints.kept and self._watch.team.agree(due):
+            self._save(step)
+
+    def _save(self, step: int) -> None:
+        import torch
+
+        began = time.monotonic()
+        tensors: dict[str, Tensor] = {"rng": torch.get_rng_state(), **self._best.tensors()}
+        for n, parameter in enumerate(self._parameters):
+            tensors[f"weight.{n}"] = parameter
+            for key, value in self._optimiser.state.get(parameter, {}).items():
+                tensors[f"{key}.{n}"] = value
+        self._report_time(began)
+        state = {"report": asdict(self.report), "losses": self._losses[-64:], "best": self._best.state()}
+        if self._watch.team.leads:
+            path = self._watch.checkpoints.save(step, tensors, state)
+            dev_loss = self.report.curve[-1]["dev_loss"] if self.report.curve else None
+            self._watch.progress(checkpoint=step, path=str(path), loss=self._losses[-1], dev_loss=dev_loss)
+        self._saved = time.monotonic()
+        self._save_took = self._saved - began
+
+    def _report_time(self, now: float) -> None:
+        self.report.seconds = now - self._start
+
+    def _resume(self) -> int:
+        """Puts everything back as the newest checkpoint has it. Returns its step (0: from the start)."""
+        found = self._watch.checkpoints.newest()
+        if found is None:
+            return 0
+        import torch
+
+        restore(self._optimiser, self._parameters, found)
+        self._best.put_back(found)
+        self.report = Report(**found.state["report"])
+        self.report.resumed_from = found.step
+        self._losses = list(found.state["losses"])
+        self._start = time.monotonic() - self.report.seconds
+        torch.set_rng_state(found.tensors["rng"])
+        for _ in islice(self._feed, found.step * self._recipe.accumulate):
+            pass  # the order of the rows goes on where it was
+        return found.step
+
+
+def restore(optimiser: AdamW, parameters: Sequence[Tensor], found: Checkpoint) -> None:
+    """Copies weights and moments into place."""
+    for n, parameter in enumerate(parameters):
+        parameter.data.copy_(found.tensors[f"weight.{n}"])
+        moments = {key: found.tensors.get(f"{key}.{n}") for key in ("step", "exp_avg", "exp_avg_sq")}
+        if moments["step"] is not None:
+            optimiser.state[parameter] = {
+                key: value.to(parameter.device if key != "step" or parameter.is_cuda else "cpu")
+                for key, value in moments.items()
+                if value is not None
+            }
 
 
 def _recent(losses: Sequence[float], window: int = 20) -> float:
     last = losses[-window:]
-    return sum(last) / len(last)
+    return sum(last) / len(last) if last else math.nan
 
 
 class _Best:
-    """The best weights so far (a LoRA's are small enough to copy), and how long ago that was."""
+    """The best weights so far, and how long ago that was."""
 
     def __init__(self, parameters: Sequence[Tensor], recipe: Recipe) -> None:
         self._parameters = parameters
@@ -179,5 +288,21 @@ class _Best:
 
     def restore(self) -> None:
         """Puts the best weights back."""
-        for parameter, kept in zip(self._parameters, self._kept, strict=True):
+        for parameter, kept in zip(self._parameters, self._kept, strict=False):
             parameter.data.copy_(kept)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The kept weights, for a checkpoint."""
+        return {f"best.{n}": kept for n, kept in enumerate(self._kept)}
+
+    def state(self) -> dict[str, Any]:
+        """The rest, for a checkpoint."""
+        return {"loss": self._loss if self._kept else None, "misses": self._misses, "step": self.step}
+
+    def put_back(self, found: Checkpoint) -> None:
+        """The state as a checkpoint has it."""
+        state = found.state["best"]
+        self._misses, self.step = state["misses"], state["step"]
+        if state["loss"] is not None:
+            self._loss = state["loss"]
+            self._kept = [found.tensors[f"best.{n}"].to(p.device) for n, p in enumerate(self._parameters)]

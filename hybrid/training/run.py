@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Mapping
@@ -15,12 +16,18 @@ from hybrid.knowledge.examples import Shelf
 from hybrid.models import ModelFiles
 from hybrid.rooms import check_name
 from hybrid.settings import Settings
-from hybrid.training.cards import adapter_card, hub_card
-from hybrid.training.data import Dataset, read_dataset
-from hybrid.training.job import Job
-from hybrid.training.loop import Progress
+from hybrid.training.cards import artefact_card, hub_card
+from hybrid.training.checkpoints import Checkpoints
+from hybrid.training.control import RUN, Control
+from hybrid.training.data import DEV_LIMIT, Dataset, read_dataset
+from hybrid.training.job import Fitted, Job
+from hybrid.training.loop import Progress, Watch
 from hybrid.training.methods import find_method
+from hybrid.training.plots import draw_curve
 from hybrid.training.recipes import RECIPE_FILE, load_recipe
+from hybrid.training.team import join_team
+from hybrid.training.tensorboard import told_to_tensorboard
+from hybrid.training.workspace import workspace
 
 log = logging.getLogger("hybrid.training")
 #: examples that go with an adapter, for few-shot prompts and for the gate
@@ -47,28 +54,54 @@ def train(
     store: AdapterStore,
     embedder: Embedder,
     model: ModelFiles,
-) -> TrainResult:
+    control: Control = RUN,
+    fresh: bool = False,
+    facts: Mapping[str, Any] | None = None,
+) -> TrainResult | None:
     """Trains on a task folder or data file and publishes the next version of `name` (default: the data's own name).
 
     The recipe is `adapters/<name>/recipe.toml` changed by `overrides`. Nothing is published unless all of it worked.
-    Raises DataError, BadRequest (recipe), Refused (name), SetupError.
+    A run that was killed or paused goes on from its newest checkpoint when called again alike, unless `fresh`.
+    `facts` are added to the card. In a team of processes only the first publishes; the others return None.
+
+    Raises DataError, BadRequest (recipe), Refused (name), Conflict (the same run elsewhere), Stopped, SetupError.
     """
+    progress(phase="validating")
     adapter = check_name(name) if name else None
     data = read_dataset(source)
     adapter = adapter or check_name(re.sub(r"[^A-Za-z0-9._-]+", "-", data.name))
     recipe = load_recipe(settings.rooms.adapters / adapter / RECIPE_FILE, overrides)
+    method = find_method(recipe.method)
     _tell(data)
-    job = Job(data, recipe, model, progress)
-    fitted = find_method(recipe.method)(job)
+    team = join_team()
+    with workspace(settings.rooms, adapter, data, recipe, model, team=team, fresh=fresh) as folder:
+        with told_to_tensorboard(progress, settings.rooms.hidden / "tensorboard" / folder.name) as told:
+            progress(phase="loading")
+            watch = Watch(told if team.leads else _silence, control, Checkpoints(folder / "checkpoints"), team)
+            job = Job(data, recipe, model, watch, embedder)
+            fitted = method(job)
+        if not team.leads:
+            return None
+        progress(phase="publishing")
+        return _publish(adapter, job, fitted, store, facts or {})
 
+
+def _publish(adapter: str, job: Job, fitted: Fitted, store: AdapterStore, facts: Mapping[str, Any]) -> TrainResult:
     def fill(folder: Path) -> dict[str, Any]:
-        card = adapter_card(job, fitted, fitted.save(folder))
-        _shelf(adapter, data, embedder).write(folder)
+        card = {**artefact_card(job, fitted, fitted.save(folder)), **facts}
+        _shelf(adapter, job.data, job.embedder).write(folder)
+        _write_dev(job.data, folder / "dev.jsonl")
+        if fitted.curve:
+            draw_curve(fitted.curve, fitted.metrics["best_step"], folder / "curve.png")
         (folder / "README.md").write_text(hub_card(adapter, card), encoding="utf-8")
         return card
 
     version = store.publish(adapter, fill)
     return TrainResult(version.name, version.version, version.ref.path, version.card["metrics"])
+
+
+def _silence(**_told: Any) -> None:
+    """Another process of the team speaks."""
 
 
 def _tell(data: Dataset) -> None:
@@ -81,6 +114,14 @@ def _tell(data: Dataset) -> None:
             "left out: %d duplicate rows, %d training rows that stand in the dev or test split too.",
             counts.duplicates, counts.leaked,
         )  # fmt: skip
+
+
+def _write_dev(data: Dataset, path: Path) -> None:
+    """The dev rows go with the artefact, so that it can be measured wherever it is."""
+    with path.open("w", encoding="utf-8") as file:
+        for example in data.dev[:DEV_LIMIT]:
+            row = {"id": example.id, "input": example.bare, "reference": example.answer, "meta": dict(example.meta)}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _shelf(name: str, data: Dataset, embedder: Embedder) -> Shelf:
