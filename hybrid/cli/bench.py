@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,11 +14,14 @@ from hybrid.adapters.store import AdapterStore
 from hybrid.bench import BENCHMARKS
 from hybrid.bench.result import Result
 from hybrid.bench.routing import Owned
+from hybrid.bench.train import RIVALS
 from hybrid.cli.say import bar, data, text
 from hybrid.errors import BadRequest, NotReady
+from hybrid.models import materialise
 from hybrid.rooms import Home
-from hybrid.settings import Settings
+from hybrid.settings import Settings, offline_environment, share_cores
 from hybrid.state import State
+from hybrid.training.recipes import load_recipe, parse_sets
 
 app = typer.Typer(help="Benchmarks: numbers of this machine and home beside their goals.", no_args_is_help=True)
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
@@ -82,6 +86,34 @@ def startup(
     """Needs no running server: it starts its own in a temporary home."""
     with bar() as progress:
         _show(BENCHMARKS["startup"].measure(Settings.load(), repeat=repeat, ui=ui, progress=progress), json_)
+
+
+@app.command("train", help=BENCHMARKS["train"].description)
+def train(
+    source: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="a task folder or a data file (default: the tickets task)")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="prompt and answer tokens each learns, warm-up left out")] = 20_000,
+    rounds: Annotated[int, typer.Option(min=1, help="turns that each takes; the intervals are over them")] = 6,
+    rivals: Annotated[str, typer.Option(help="who runs beside ours, comma separated")] = ",".join(RIVALS),
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a recipe key, for all of them; repeatable")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="where train.json and train.png are written")] = None,
+    json_: Json = False,
+) -> None:
+    """Needs no server. All learn the same rows from the same first weights, taking turns."""
+    settings = Settings.load()
+    offline_environment()
+    share_cores()
+    recipe = load_recipe(None, parse_sets(set_ or []))
+    against = [name.strip() for name in rivals.split(",") if name.strip()]
+    with bar() as progress:
+        model = materialise(settings.model, settings.cache, progress)
+        run = BENCHMARKS["train"].measure(
+            source, model=model, recipe=recipe, tokens=tokens, rounds=rounds, rivals=against, out=out, progress=progress
+        )
+        _show(run, json_)
 
 
 def _show(run: Coroutine[Any, Any, Result], json_: bool) -> None:
