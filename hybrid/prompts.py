@@ -61,6 +61,17 @@ def few_shot_messages(examples: Iterable[tuple[str, str]]) -> list[Message]:
     return turns
 
 
+def paraphrase_messages(instruction: str, text: str, answer: str) -> list[Message]:
+    """Asks for another wording of `text` that has the same answer; the text comes last and alone."""
+    task = f" It belongs to this task: {instruction}" if instruction else ""
+    rule = (
+        "Rewrite the user's text in other words, as another person would have written it. "
+        f"Keep its names and numbers, so that the right answer is still: {answer}{task}\n"
+        "Reply with the rewritten text and nothing else."
+    )
+    return [Message("system", rule), Message("user", text)]
+
+
 def replace_last_user(messages: Sequence[Message], text: str) -> tuple[Message, ...]:
     """The conversation with the words of its last user message replaced."""
     out = list(messages)

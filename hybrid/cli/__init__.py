@@ -7,7 +7,7 @@ import sys
 import click
 import typer
 
-from hybrid.cli import adapters, ask, bench, doctor, index, keys, serve, train
+from hybrid.cli import adapters, ask, bench, data, doctor, eval, index, jobs, keys, serve, tasks, train
 from hybrid.cli.say import complain
 from hybrid.errors import HybridError
 
@@ -21,12 +21,16 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("ask")(ask.ask)
 app.command("train")(train.train)
+app.command("eval")(eval.evaluate)
 app.command("index")(index.index)
 app.command("search")(index.search)
 app.command("doctor")(doctor.doctor)
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(jobs.app, name="jobs")
 app.add_typer(keys.app, name="keys")
+app.add_typer(tasks.app, name="tasks")
 app.add_typer(bench.app, name="bench")
+app.add_typer(data.app, name="data")
 
 
 def main() -> None:

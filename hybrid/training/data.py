@@ -106,6 +106,21 @@ class Splits:
         """The labels of a closed task, where task.json lists them."""
         return tuple(self.task.get("labels") or ())
 
+    @property
+    def instruction(self) -> str:
+        """What the model is told before each input; may be empty."""
+        return str(self.task.get("instruction", ""))
+
+    @property
+    def bad_share(self) -> float:
+        """The share of all rows that cannot be used."""
+        return self.counts.bad / max(1, self.counts.rows)
+
+    @property
+    def leaked_share(self) -> float:
+        """The share of the training rows that stood in the dev or test split too."""
+        return self.counts.leaked / max(1, self.counts.leaked + len(self.train))
+
 
 def digest(items: Iterable[Item]) -> str:
     """The hex SHA-256 of what the items say, in their order."""
@@ -136,7 +151,7 @@ def read_dataset(source: Path, *, seed: int = 0, group: str = "") -> Dataset:
         texts=tuple(item for item in train if isinstance(item, Text)),
         dev_texts=tuple(item for item in dev if isinstance(item, Text)),
         counts=splits.counts,
-        instruction=task.get("instruction", ""),
+        instruction=splits.instruction,
         metric=task.get("metric", ""),
         labels=splits.labels,
         license=str(task.get("license", "")),
@@ -144,19 +159,21 @@ def read_dataset(source: Path, *, seed: int = 0, group: str = "") -> Dataset:
     )
 
 
-def read_splits(source: Path, *, seed: int = 0, group: str = "") -> Splits:
+def read_splits(
+    source: Path, *, seed: int = 0, group: str = "", dev_share: float = DEV_SHARE, bad_limit: float = BAD_LIMIT
+) -> Splits:
     """The rows of a source without duplicates, training rows that stand in dev or test taken out, dev drawn if missing.
 
-    Raises DataError where the rows cannot be used.
+    Raises DataError where more than `bad_limit` of the rows cannot be used.
     """
     task = _task_json(source) if source.is_dir() else {}
     reader = Reader(task.get("instruction", ""), frozenset(task.get("labels") or ()))
     rows, dev, test = _files(source, reader)
-    reader.verdict()
+    reader.verdict(bad_limit)
     kept = _unique(rows)
     dev = _unique(dev)
     if not dev:
-        size = max(1, min(DEV_LIMIT, round(len(kept) * DEV_SHARE)))
+        size = max(1, min(DEV_LIMIT, round(len(kept) * dev_share)))
         named = group or str(task.get("group") or GROUP)
         kept, dev = draw(kept, size, seed=seed, group=named, labels=task.get("labels") or ())
     clean, near, leaks = _disjoint(kept, [*dev, *test])
@@ -234,7 +251,7 @@ def _refuse_leaks(source: Path, splits: Splits) -> None:
     leaked = splits.counts.leaked
     if not splits.train:
         raise DataError(f"{source} leaves no training row that is not in the dev or test split; add rows of its own.")
-    if leaked > BAD_LIMIT * (leaked + len(splits.train)):
+    if splits.leaked_share > BAD_LIMIT:
         lines = [line for line in splits.counts.removed if ": is also " in line]
         raise DataError(
             f"{leaked} of {leaked + len(splits.train)} training rows stand in the dev or test split too, more than "

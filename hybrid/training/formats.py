@@ -138,6 +138,20 @@ def items_of(row: object, identity: str, instruction: str = "") -> Sequence[Item
     raise RowError("(row)", f"has the keys {', '.join(map(str, row)) or 'none'}; use one of: {shapes}")
 
 
+def row_of(item: Item, instruction: str = "") -> dict[str, Any]:
+    """A row that reads back as this item under the same instruction: a task row where it is one."""
+    meta = {"meta": dict(item.meta)} if item.meta else {}
+    if isinstance(item, Text):
+        return {"id": item.id, "text": item.text, **meta}
+    turns = [{"role": m.role, "content": m.text} for m in item.messages]
+    if isinstance(item, Pair):
+        return {"id": item.id, "messages": turns, "chosen": item.chosen, "rejected": item.rejected, **meta}
+    if item.key == (("user", task_message(instruction, item.bare)),):
+        return {"id": item.id, "input": item.bare, "reference": item.answer, **meta}
+    muted = [turn | ({"weight": 0} if turn["role"] == "assistant" else {}) for turn in turns]
+    return {"id": item.id, "messages": [*muted, {"role": "assistant", "content": item.answer}], **meta}
+
+
 def _text(row: Row, field: str) -> str:
     value = row.get(field)
     if not isinstance(value, str) or not value.strip():

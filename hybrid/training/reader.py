@@ -64,13 +64,14 @@ class Reader:
             if piece.text.strip()
         ]
 
-    def verdict(self) -> None:
-        """Raises DataError when nothing was read, or more than 5 % of the rows cannot be used."""
+    def verdict(self, limit: float = BAD_LIMIT) -> None:
+        """Raises DataError when nothing was read, or more than `limit` of the rows (or all) cannot be used."""
         if not self.rows:
             raise DataError("The data hold no rows; put one JSON object on each line.")
-        if len(self.complaints) > BAD_LIMIT * self.rows:
+        if self.kind is None or len(self.complaints) > limit * self.rows:
+            share = f", more than {limit:.0%}" if limit < 1 else ""
             raise DataError(
-                f"{len(self.complaints)} of {self.rows} rows cannot be used, more than {BAD_LIMIT:.0%}; "
+                f"{len(self.complaints)} of {self.rows} rows cannot be used{share}; "
                 f"mend them first:\n{some(self.complaints)}"
             )
 
