@@ -75,7 +75,7 @@ async def open_gateway(settings: Settings, progress: Progress | None = None) -> 
         library=library,
         shelves=shelves,
         decider=Decider(enrolment.gate, Policy(settings.gate), library, settings.gate),
-        count_tokens=_token_counter(model),
+        count_tokens=token_counter(model),
         secret=_secret(home),
         enrolment=enrolment,
     )
@@ -120,7 +120,7 @@ def _example_folders(home: Home, store: AdapterStore) -> Mapping[str, Path]:
     return folders
 
 
-def _token_counter(model: ModelFiles) -> Callable[[str], int]:
+def token_counter(model: ModelFiles) -> Callable[[str], int]:
     """Counts tokens as the base model does, with its tokenizer alone (no transformers import in the gateway)."""
     from tokenizers import Tokenizer
 

@@ -268,6 +268,7 @@ class Outcome:
     adapter: str | None = None
     passages: tuple[str, ...] = ()
     error: str | None = None
+    chosen: str | None = None  # the arm that answered, where the gate chose
 
 
 def fold(events: list[Event]) -> Answer:

@@ -21,14 +21,22 @@ class Shelves:
         self._embedder = embedder
         self._cache = cache
         self._loaded: dict[Path, Shelf] = {}
+        self._lent: dict[str, Path] = {}
+
+    def lend(self, name: str, folder: Path) -> None:
+        """Adds the task folder `folder`, which may lie anywhere, under `name` while this process lives."""
+        self._lent[name] = folder
 
     def names(self) -> list[str]:
         """The tasks that have examples."""
-        return sorted(self._folders())
+        return sorted(self._known())
+
+    def _known(self) -> Mapping[str, Path]:
+        return {**self._folders(), **self._lent}
 
     def get(self, name: str) -> Shelf:
         """The shelf of a task. Raises ModelNotFound naming those that exist."""
-        folder = self._folders().get(name)
+        folder = self._known().get(name)
         if folder is None:
             known = ", ".join(self.names()) or "none yet: train an adapter or put a task into eval/tasks/"
             raise ModelNotFound(f"There are no examples of a task named {name[:80]!r}. Known: {known}.", param="model")

@@ -1,0 +1,155 @@
+"""What to measure: a suite in TOML, or task folders, and the run that turns it into a report folder."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hybrid.errors import DataError
+from hybrid.evaluation import report
+from hybrid.evaluation.asking import Asker, Offer, chosen_arms
+from hybrid.evaluation.report import Measured
+from hybrid.evaluation.runner import Job, Ledger, Progress, jobs_for, run, sample, token_limit
+from hybrid.evaluation.tasks import DevSplit, Learnable, Task, TestSplit, read_split, read_task
+from hybrid.settings import Settings
+from hybrid.types import JSON, Arm, Outcome
+
+DATA = "$HYBRID_DATA"
+
+
+class Suite(BaseModel):
+    """What a suite says. `foreign_limit` is for adapters on tasks they were not trained for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = ""
+    tasks: tuple[str, ...] = Field(min_length=1)
+    arms: tuple[str, ...] = ()
+    split: Literal["dev", "test"] = "test"
+    limit: int | None = Field(None, ge=1)
+    foreign_limit: int | None = Field(None, ge=1)
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A task to be measured: the examples asked and the room for their answers, in tokens."""
+
+    task: Task
+    split: DevSplit | TestSplit
+    max_tokens: int
+
+
+def read_suite(names: Sequence[str], settings: Settings) -> Suite:
+    """The suite that the words of a command mean: one suite (a name or a .toml file), or task folders.
+
+    Raises DataError naming what is missing or wrong.
+    """
+    if len(names) == 1 and not (Path(names[0]) / "task.json").is_file():
+        path = Path(names[0]) if names[0].endswith(".toml") else settings.rooms.suites / f"{names[0]}.toml"
+        if path.is_file():
+            return _from_toml(path)
+    for name in names:
+        if not (Path(name) / "task.json").is_file():
+            known = ", ".join(sorted(p.stem for p in settings.rooms.suites.glob("*.toml"))) or "none"
+            raise DataError(f"{name} is no task folder (it holds no task.json) and no suite. Suites here: {known}.")
+    title = Path(names[0]).resolve().name if len(names) == 1 else "tasks"
+    return Suite(name=title, tasks=tuple(names))
+
+
+def _from_toml(path: Path) -> Suite:
+    try:
+        suite = Suite.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except tomllib.TOMLDecodeError as error:
+        raise DataError(f"{path} is not valid TOML: {error}.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(f"{path}: {where!r}: {first['msg']}. A suite has name, tasks, arms, split, limit.") from error
+    return suite.model_copy(update={"name": suite.name or path.stem})
+
+
+def folder_of(name: str, settings: Settings) -> Path:
+    """A task's path as a suite writes it. Raises DataError when it needs HYBRID_DATA and there is none."""
+    if name.startswith(DATA):
+        if settings.data is None:
+            raise DataError(f"{name} lies in {DATA}, which is not set; export HYBRID_DATA=/path/to/the/task/folders.")
+        return settings.data / name.removeprefix(DATA).lstrip("/")
+    path = Path(name)
+    return path if path.is_absolute() or path.exists() else settings.rooms.root / path
+
+
+def subjects(suite: Suite, settings: Settings, count: Callable[[str], int]) -> list[Subject]:
+    """The tasks of a suite with the examples to ask. Raises DataError, also for two tasks of one name."""
+    found: list[Subject] = []
+    for name in suite.tasks:
+        task = read_task(folder_of(name, settings))
+        if any(task.name == other.task.name for other in found):
+            raise DataError(f"Two tasks of this run are named {task.name!r}; outcomes are told apart by that name.")
+        split: DevSplit | TestSplit = read_split(task, "dev") if suite.split == "dev" else read_split(task, "test")
+        kept = type(split)(task, sample(split.examples, suite.limit, suite.seed))
+        found.append(Subject(task, kept, token_limit(_known(task), count)))
+    return found
+
+
+def _known(task: Task) -> list[Learnable]:
+    """The splits of a task that may be looked at, as far as it has them."""
+    out: list[Learnable] = []
+    if (task.folder / "train.jsonl").is_file():
+        out.append(read_split(task, "train"))
+    if (task.folder / "dev.jsonl").is_file():
+        out.append(read_split(task, "dev"))
+    return out
+
+
+async def measure_suite(
+    suite: Suite, found: Sequence[Subject], asker: Asker, out: Path, progress: Progress | None = None
+) -> JSON:
+    """Asks everything, writes the report folder, and returns the report. A run that was killed goes on."""
+    offer = await asker.offer()
+    jobs = [job for subject in found for job in _jobs(suite, subject, offer)]
+    ledger = Ledger(out)
+    finished = False
+    try:
+        outcomes = await run(asker, jobs, ledger, progress=progress)
+        finished = True
+    finally:
+        ledger.close([job.key for job in jobs] if finished else None)
+    tasks = [_measured(subject, jobs, outcomes) for subject in found]
+    gate = offer.status["gate"].get("version")
+    base = str(offer.status["engine"]["model"])
+    written = report.build(suite.name, suite.split, tasks, base_model=base, gate=f"gate@{gate}" if gate else "")
+    report.write(out, written)
+    return written
+
+
+def _jobs(suite: Suite, subject: Subject, offer: Offer) -> list[Job]:
+    jobs: list[Job] = []
+    for arm in chosen_arms(suite.arms, subject.task, offer):
+        limit = suite.foreign_limit if _foreign(arm, subject.task, offer) else None
+        examples = sample(subject.split.examples, limit, suite.seed)
+        jobs += jobs_for(subject.task, examples, arm, offer, subject.max_tokens)
+    return jobs
+
+
+def _foreign(arm: str, task: Task, offer: Offer) -> bool:
+    """Whether an arm's adapter was trained for another task."""
+    adapter = None if arm == report.AUTO else Arm.parse(arm).adapter
+    if adapter is None:
+        return False
+    card = offer.adapters.get(adapter, {}).get("card", {})
+    return task.name not in (card.get("task"), adapter.partition("@")[0])
+
+
+def _measured(subject: Subject, jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> Measured:
+    by_arm: dict[str, list[Outcome]] = {}
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        if job.task is subject.task:
+            by_arm.setdefault(job.arm, []).append(outcome)
+    rows = {arm: tuple(found) for arm, found in by_arm.items()}
+    return Measured(subject.task.name, subject.task.metric, subject.split.examples, rows)
