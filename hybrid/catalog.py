@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from hybrid.adapters.kinds import LORA
 from hybrid.adapters.listing import AdapterVersion
 from hybrid.adapters.store import AdapterStore
 from hybrid.engine import EngineStatus
+from hybrid.errors import ModelNotFound
 from hybrid.knowledge.search import Library
 from hybrid.types import JSON
 
@@ -32,7 +35,7 @@ def models(store: AdapterStore, library: Library, tasks: Sequence[str], base: st
     corpora = library.names()
     out += [_model(f"rag:{corpus}", parent=base, root=base) for corpus in corpora]
     for name in store.names():
-        served = [v for v in store.versions(name) if v.state not in ("rejected", "retired")]
+        served = [v for v in store.versions(name) if v.kind == LORA and v.state not in ("rejected", "retired")]
         live = store.alias(name)
         for v in served:
             created = int(v.card.get("created", _BOOT))
@@ -40,6 +43,11 @@ def models(store: AdapterStore, library: Library, tasks: Sequence[str], base: st
                 out.append(_model(name, parent=base, root=v.id, created=created))
                 out += [_model(f"adapter+rag:{name}:{c}", parent=name, root=v.id, created=created) for c in corpora]
             out.append(_model(v.id, parent=base, root=v.id, created=created))
+            if v.tuned_as:
+                out.append(_model(v.tuned_as, parent=base, root=v.id, created=created))
+        with contextlib.suppress(ModelNotFound):
+            head = store.head(name)
+            out.append(_model(f"head:{name}", parent=None, root=head.id, created=int(head.created)))
     return out
 
 
@@ -48,6 +56,7 @@ def adapter(v: AdapterVersion, live: int | None) -> JSON:
     return {
         "name": v.name,
         "version": v.version,
+        "kind": v.kind,
         "state": v.state,
         "alias": v.version == live,
         "reason": v.reason,

@@ -21,6 +21,7 @@ import numpy as np
 
 from hybrid import catalog
 from hybrid.adapters.hotload import HotLoader
+from hybrid.adapters.kinds import LORA
 from hybrid.adapters.listing import AdapterVersion
 from hybrid.adapters.store import AdapterStore
 from hybrid.engine import Engine
@@ -132,7 +133,7 @@ class Gateway:
         return dataclasses.replace(decision, adapter=version.id), version
 
     async def _version(self, spec: str) -> AdapterVersion:
-        version = self.store.resolve(spec)
+        version = self.store.model(spec)
         if version.state == "rejected":
             raise ModelNotFound(f"{version.id} was refused and is not served: {version.reason}", param="model")
         if version.state == "retired":
@@ -150,6 +151,8 @@ class Gateway:
             return Arm("base")
         if name.startswith("base:"):
             return self._adapter_arm(name.removeprefix("base:"))
+        if name.startswith("ft:"):
+            return self._adapter_arm(self.store.resolve(name).id)
         try:
             arm = Arm.parse(name)
         except ValueError:
@@ -157,7 +160,7 @@ class Gateway:
         return self._checked(arm, model)
 
     def _adapter_arm(self, spec: str) -> Arm:
-        self.store.resolve(spec)
+        self.store.model(spec)
         return Arm("adapter", (spec,))
 
     def _checked(self, arm: Arm, model: str) -> Arm:
@@ -170,7 +173,7 @@ class Gateway:
         if len(arm.args) > limit:
             raise ModelNotFound(f"{model[:80]!r} has more parts than {arm.strategy} takes.", param="model")
         if arm.adapter:
-            self.store.resolve(arm.adapter)
+            self.store.model(arm.adapter)
         corpus = arm.args[-1] if len(arm.args) == (2 if arm.adapter else 1) and "rag" in arm.strategy else None
         if "rag" in arm.strategy:
             self._check_corpus(corpus)
@@ -238,7 +241,7 @@ class Gateway:
         return await self.loader.load_now(spec)
 
     def _newest(self, name: str) -> str:
-        versions = self.store.versions(name)
+        versions = [v for v in self.store.versions(name) if v.kind == LORA]
         if not versions:
             raise ModelNotFound(f"There is no adapter {name[:80]!r}; train one or give `lora_path`.", param="model")
         return versions[-1].id

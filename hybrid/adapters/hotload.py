@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.adapters.canary import Recording, canary
+from hybrid.adapters.kinds import LORA, check_other
 from hybrid.adapters.listing import PENDING, AdapterVersion
 from hybrid.adapters.preflight import BaseFacts, check
 from hybrid.adapters.store import AdapterStore
@@ -99,6 +100,7 @@ class HotLoader:
 
     async def load_now(self, spec: str) -> AdapterVersion:
         """The version that `spec` means, as it is once checked and loaded; callers of one version share the work.
+        What the engine does not load is checked only.
 
         Raises ModelNotFound for an unknown or retired one, Refused with the reason for one that failed its checks,
         NotReady while the engine starts, and the engine's errors.
@@ -108,10 +110,12 @@ class HotLoader:
             raise ModelNotFound(f"{version.id} is retired; use another version of it.", param="model")
         if version.state == "rejected":
             raise Refused(f"{version.id} was refused: {version.reason}")
+        pending = version.state in PENDING
+        if version.kind != LORA and not pending:
+            return version
         status = self._engine.status()
         if not status.ready:
             raise NotReady(f"The engine is not ready ({status.phase}); repeat in a moment.")
-        pending = version.state in PENDING
         if not pending and version.ref.engine_name in await self._engine.loaded():
             return version
         self._start(version.id, self._admit(version) if pending else self._reload(version))
@@ -158,8 +162,12 @@ class HotLoader:
         return self._store.resolve(version.id)
 
     async def _examine(self, version: AdapterVersion) -> str:
-        """Preflight, load, canary. Raises Refused, and the engine's errors."""
+        """Preflight, load, canary; for what the engine does not load, its files. Raises Refused, and engine errors."""
         await self._mark(version, "preflight")
+        if version.kind != LORA:
+            async with self._preflights:
+                await asyncio.to_thread(check_other, version.ref.path, version.card, self._base)
+            return version.serve_with
         async with self._preflights:
             await asyncio.to_thread(check, version.ref.path, self._base, self._max_rank)
         recording = Recording.of(version.card)
@@ -202,12 +210,14 @@ class HotLoader:
 
     async def _decide(self, version: AdapterVersion) -> None:
         """The alias rule: the first version takes the name; a later one takes it unless it is measured worse."""
+        if version.kind != LORA:
+            return
         async with self._deciding:
             await asyncio.to_thread(self._store.refresh)
             live = self._store.alias(version.name)
             if live is not None:
                 current = self._store.resolve(f"{version.name}@{live}")
-                if version.version < live:
+                if version.version < live or version.card.get("promote") is False:
                     return
                 if reason := worse(version, current):
                     await self._mark(version, "candidate", reason)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hybrid.adapters.kinds import HEAD, LORA, OTHERS, kind_of, serve_with
 from hybrid.adapters.preflight import read_card
 from hybrid.engine import AdapterRef
 from hybrid.errors import ModelNotFound, Refused
@@ -45,6 +46,28 @@ class AdapterVersion:
         return self.ref.id
 
     @property
+    def kind(self) -> str:
+        """What it is: "lora", the one kind that the engine loads, or "head", "weights", "peft", "prompt"."""
+        return kind_of(self.card)
+
+    @property
+    def serve_with(self) -> str:
+        """How it is asked for."""
+        return self.id if self.kind == LORA else serve_with(self.card, self.ref.path)
+
+    @property
+    def refusal(self) -> str:
+        """Why it is no `model`, for one that the engine does not load."""
+        what = OTHERS.get(self.kind, ("no adapter", ""))[0]
+        return f"{self.id} is {what}; {self.serve_with.rstrip('.')}."
+
+    @property
+    def tuned_as(self) -> str:
+        """The `ft:…` name that its fine-tuning job gave it, or ""."""
+        name = self.card.get("fine_tuned_model")
+        return name if isinstance(name, str) and name.startswith("ft:") else ""
+
+    @property
     def created(self) -> float:
         """Seconds since the epoch, as the card says."""
         value = self.card.get("created")
@@ -65,9 +88,13 @@ class Listing:
 
     versions: Mapping[str, Mapping[int, AdapterVersion]] = field(default_factory=dict)
     aliases: Mapping[str, Alias] = field(default_factory=dict)
+    #: the `ft:…` name that a fine-tuning job gave its version → that version
+    tuned: Mapping[str, AdapterVersion] = field(default_factory=dict)
 
     def resolve(self, spec: str) -> AdapterVersion:
-        """The version that `name` or `name@3` means, in whatever state. Raises ModelNotFound."""
+        """The version that `name`, `name@3` or `ft:…` means, in whatever state. Raises ModelNotFound."""
+        if spec in self.tuned:
+            return self.tuned[spec]
         name, at, number = spec.partition("@")
         numbered = self.versions.get(name, {})
         if not numbered:
@@ -80,6 +107,33 @@ class Listing:
         if not _VERSION.fullmatch(number) or int(number) not in numbered:
             raise ModelNotFound(f"{name!r} has no version {number[:20]!r}; see /v1/status.", param="model")
         return numbered[int(number)]
+
+    def model(self, spec: str) -> AdapterVersion:
+        """The adapter that `name` or `name@3` means as a model: one that the engine loads. Raises ModelNotFound."""
+        numbered = self.versions.get(spec, {})
+        if numbered and all(version.kind != LORA for version in numbered.values()):
+            raise ModelNotFound(numbered[max(numbered)].refusal, param="model")
+        version = self.resolve(spec)
+        if version.kind != LORA:
+            raise ModelNotFound(version.refusal, param="model")
+        return version
+
+    def head(self, spec: str) -> AdapterVersion:
+        """The newest head under `name` that may answer, or the one that `name@3` means. Raises ModelNotFound."""
+        name, _, number = spec.partition("@")
+        heads = [version for version in self.versions.get(name, {}).values() if version.kind == HEAD]
+        if number:
+            heads = [version for version in heads if str(version.version) == number]
+        if not heads:
+            raise ModelNotFound(
+                f"There is no head {spec[:80]!r}; `hybrid train DIR --set method=head` makes one.", param="model"
+            )
+        answering = [v for v in heads if v.state in SERVABLE and v.card.get("features", "embedder") == "embedder"]
+        if not answering:
+            last = max(heads, key=lambda version: version.version)
+            why = last.serve_with if last.state in SERVABLE else f"it is {last.state}. {last.reason}".strip()
+            raise ModelNotFound(f"{last.id} does not answer: {why}", param="model")
+        return max(answering, key=lambda version: version.version)
 
 
 def names_in(room: Path) -> list[str]:

@@ -80,7 +80,7 @@ def _check(folder: Path, base: BaseFacts, max_rank: int) -> None:
     config = lora_config.read(folder, max_rank)
     weights = folder / WEIGHTS
     card = read_card(folder) if (folder / CARD).exists() else {}
-    _check_base(card, base)
+    check_base(card, base)
     tensors = read_header(weights)
     modules = _check_tensors(tensors, base, config.rank)
     if config.targets:
@@ -90,15 +90,16 @@ def _check(folder: Path, base: BaseFacts, max_rank: int) -> None:
         raise Refused(f"{WEIGHTS} is not the file its card was written for; publish the adapter again.")
 
 
-def check_files(folder: Path) -> None:
-    """Raises Refused unless the folder holds plain files and folders only, safetensors weights and no pickles."""
+def check_files(folder: Path, weights: str = WEIGHTS) -> None:
+    """Raises Refused unless the folder holds plain files and folders only, the file `weights` and no pickles."""
     if folder.is_symlink() or not folder.is_dir():
         raise Refused(f"{folder.name!r} is not a folder (links are not followed); give the adapter's own folder.")
     for parent, folders, files in os.walk(folder, followlinks=False):
         for name in (*folders, *files):
             _check_entry(Path(parent, name))
-    if not (folder / WEIGHTS).is_file():
-        raise Refused(f"{WEIGHTS} is missing; save the adapter with PEFT's save_pretrained.")
+    if not (folder / weights).is_file():
+        how = "save the adapter with PEFT's save_pretrained" if weights == WEIGHTS else "publish it again"
+        raise Refused(f"{weights} is missing; {how}.")
 
 
 def _check_entry(path: Path) -> None:
@@ -125,7 +126,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     return card
 
 
-def _check_base(card: Mapping[str, Any], base: BaseFacts) -> None:
+def check_base(card: Mapping[str, Any], base: BaseFacts) -> None:
     """What a card says of its base must be true of this one; a card may be silent."""
     for key, ours in (("base_sha256", base.sha256), ("base_config_sha256", base.config_sha256)):
         theirs = card.get(key)

@@ -21,6 +21,7 @@ from sqlalchemy import Connection, and_, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from hybrid.adapters.adopt import copy_adapter
+from hybrid.adapters.kinds import LORA, weights_of
 from hybrid.adapters.listing import (
     SERVABLE,
     AdapterVersion,
@@ -30,7 +31,7 @@ from hybrid.adapters.listing import (
     open_version,
     published_in,
 )
-from hybrid.adapters.preflight import WEIGHTS, check_files
+from hybrid.adapters.preflight import check_files
 from hybrid.engine import AdapterRef
 from hybrid.errors import Conflict, ModelNotFound, Refused
 from hybrid.rooms import CARD, Home, check_name, publish, sha256_file, write_json
@@ -84,9 +85,17 @@ class AdapterStore:
         """The version that `name` or `name@3` means, in whatever state. Raises ModelNotFound. No I/O."""
         return self._listing.resolve(spec)
 
+    def model(self, spec: str) -> AdapterVersion:
+        """The same, of what the engine loads: another kind is no model, and the ModelNotFound says what it is."""
+        return self._listing.model(spec)
+
+    def head(self, spec: str) -> AdapterVersion:
+        """The newest head under a name that may answer, or that of `name@3`. Raises ModelNotFound. No I/O."""
+        return self._listing.head(spec)
+
     def desired(self, limit: int | None = None) -> list[AdapterRef]:
         """What the engine must hold, at most `limit`: alias targets, then what else serves, newest first."""
-        served = [v for v in self.versions() if v.state in SERVABLE]
+        served = [v for v in self.versions() if v.kind == LORA and v.state in SERVABLE]
         served.sort(key=lambda v: (self.alias(v.name) == v.version, v.created, v.version), reverse=True)
         return [v.ref for v in served[:limit]]
 
@@ -95,9 +104,9 @@ class AdapterStore:
     def publish(self, name: str, fill: Callable[[Path], dict[str, Any]]) -> AdapterVersion:
         """A new version of `name`, state "staged".
 
-        `fill` writes a PEFT folder into the staging folder it is given and returns the card; name, version, sha256
-        and created are added here. Raises Refused for a bad name or a folder that is none; whatever `fill` raises
-        comes through, and nothing is published.
+        `fill` writes a PEFT folder (or, for another kind, the file that the card's `weights` names) into the staging
+        folder it is given and returns the card; name, version, sha256 and created are added here. Raises Refused for a
+        bad name or a folder that is none; whatever `fill` raises comes through, and nothing is published.
         """
         check_name(name)
         if (self._room / name).is_symlink():
@@ -106,8 +115,9 @@ class AdapterStore:
         try:
             with publish(self._room / name / str(version)) as staging:
                 card = fill(staging)
-                check_files(staging)
-                sha256 = sha256_file(staging / WEIGHTS)
+                weights = weights_of(card)
+                check_files(staging, weights)
+                sha256 = sha256_file(staging / weights)
                 facts = {"name": name, "version": version, "sha256": sha256, "created": round(time.time(), 3)}
                 write_json(staging / CARD, {**card, **facts})
         except BaseException:
@@ -185,10 +195,13 @@ class AdapterStore:
         unless it is the last one that serves: then the name goes too."""
         self.refresh()
         target = self.resolve(f"{name}@{version}")
+        adapters = [v.version for v in self.versions(name) if v.kind == LORA]
         with self._state.transaction() as connection:
             _set_state(connection, name, version, "retired", "", versions.c.state != _RESERVED)
             others = connection.scalar(
-                select(func.count()).where(versions.c.name == name, versions.c.state.in_(SERVABLE))
+                select(func.count()).where(
+                    versions.c.name == name, versions.c.state.in_(SERVABLE), versions.c.version.in_(adapters)
+                )
             )
             pointed = and_(aliases.c.name == name, aliases.c.version == version)
             if others and connection.execute(select(aliases.c.version).where(pointed)).first():
@@ -206,6 +219,8 @@ class AdapterStore:
         previous = alias.version if alias else None
         if previous == version and seen == self.revision(name):
             return
+        if target.kind != LORA:
+            raise Conflict(f"{target.refusal} Only what the engine loads takes a name.")
         if target.state not in SERVABLE:
             raise Conflict(
                 f"{target.id} is {target.state} and has not passed its checks{': ' if target.reason else ''}"
@@ -254,7 +269,8 @@ class AdapterStore:
             for name, number in published_in(self._room):
                 row = rows.get((name, number))
                 listed.setdefault(name, {})[number] = self._entry(name, number, row)
-            self._listing = Listing(listed, pointed)
+            every = [version for numbers in listed.values() for version in numbers.values()]
+            self._listing = Listing(listed, pointed, {v.tuned_as: v for v in every if v.tuned_as})
 
     def _entry(self, name: str, number: int, row: Any) -> AdapterVersion:
         if row is None or row.state == _RESERVED:

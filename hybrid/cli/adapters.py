@@ -34,7 +34,7 @@ def list_(json_: Json = False) -> None:
         return
     for row in rows:
         mark = "*" if row["alias"] else " "
-        text(f"{mark} {row['name']}@{row['version']}  {row['state']}  {row['reason']}".rstrip())
+        text(f"{mark} {row['name']}@{row['version']}  {row['kind']}  {row['state']}  {row['reason']}".rstrip())
     if not rows:
         say("No adapters yet; `hybrid train DIR` makes one.")
 
