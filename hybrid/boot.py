@@ -49,7 +49,7 @@ async def open_gateway(settings: Settings, progress: Progress | None = None) -> 
     embedder = Embedder(embedding.path, embedding.name)
     library = Library(home, embedder, settings.retrieval)
     shelves = Shelves(lambda: _example_folders(home, store), embedder, home.hidden / "cache")
-    enrolment = Enrolment(home, store, shelves, library, settings.cache)
+    enrolment = Enrolment(home, store, shelves, library, settings.cache, state.measurements)
     gateway: Gateway
 
     changed = asyncio.Event()

@@ -51,7 +51,7 @@ def models(store: AdapterStore, library: Library, tasks: Sequence[str], base: st
     return out
 
 
-def adapter(v: AdapterVersion, live: int | None) -> JSON:
+def adapter(v: AdapterVersion, live: int | None, measured: JSON | None = None) -> JSON:
     """One adapter version as `/v1/status` and `hybrid adapters` show it."""
     return {
         "name": v.name,
@@ -61,6 +61,7 @@ def adapter(v: AdapterVersion, live: int | None) -> JSON:
         "alias": v.version == live,
         "reason": v.reason,
         "metrics": v.card.get("metrics", {}),
+        "measured": measured,
         "card": {key: value for key, value in v.card.items() if key not in ("canary", "metrics")},
     }
 

@@ -68,7 +68,7 @@ class Gateway:
         self.shelves = shelves
         self.decider = decider
         self.journal = Journal(state)
-        self._count_tokens = count_tokens
+        self.count_tokens = count_tokens
         self._secret = secret
         self._enrolment = enrolment
         self.answering = 0
@@ -99,7 +99,7 @@ class Gateway:
             engine=self.engine,
             library=self.library,
             shelves=self.shelves.select,
-            count_tokens=self._count_tokens,
+            count_tokens=self.count_tokens,
             adapters={decision.arm.adapter: version.ref.engine_name} if version and decision.arm.adapter else {},
             instruction=_instruction(version) if decision.chosen_by == "gate" else "",
             cache_salt=self._salt(request.caller),
@@ -259,11 +259,14 @@ class Gateway:
     def status(self) -> JSON:
         """What `/v1/status` returns."""
         ready, phase, _ = self.ready()
+        measured = self.state.measurements()
         return {
             "status": "ready" if ready else "not ready",
             "phase": phase,
             "engine": catalog.engine(self.engine.status()),
-            "adapters": [catalog.adapter(v, self.store.alias(v.name)) for v in self.store.versions()],
+            "adapters": [
+                catalog.adapter(v, self.store.alias(v.name), measured.get(v.id)) for v in self.store.versions()
+            ],
             "corpora": catalog.corpora(self.library),
             "gate": {
                 "arms": [str(arm) for arm in self.decider.gate.arms()],

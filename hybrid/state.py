@@ -159,6 +159,14 @@ files = Table(
     Column("created", Float, nullable=False, default=time.time),
 )  # fmt: skip
 
+#: what a version (`name@version`) was measured to be worth
+measurements = Table(
+    "measurements", schema,
+    Column("id", String, primary_key=True),
+    Column("at", Float, nullable=False, default=time.time),
+    Column("record", JSON, nullable=False),
+)  # fmt: skip
+
 
 def open_sqlite(path: Path, tables: MetaData) -> Engine:
     """An engine on `path` with our pragmas; the folder and the tables are made when missing."""
@@ -262,6 +270,19 @@ class State:
             return [
                 {**row, "spec": {"name": row["spec"].get("name", "")}} for row in connection.execute(query).mappings()
             ]
+
+    def put_measurement(self, version_id: str, record: dict[str, Any]) -> None:
+        """Stores what a version was measured to be worth, in place of what was known."""
+        row = {"id": version_id, "record": record, "at": time.time()}
+        statement = sqlite_insert(measurements).values(**row)
+        with self._engine.begin() as connection:
+            connection.execute(statement.on_conflict_do_update(index_elements=["id"], set_=row))
+
+    def measurements(self) -> dict[str, dict[str, Any]]:
+        """The record of every version that was measured, by `name@version`."""
+        with self._engine.connect() as connection:
+            rows = connection.execute(select(measurements.c.id, measurements.c.record))
+            return {row.id: row.record for row in rows}
 
     def close(self) -> None:
         """Releases every connection."""

@@ -42,9 +42,11 @@ def list_(json_: Json = False) -> None:
 @app.command("show")
 def show(name: Annotated[str, typer.Argument(help="NAME or NAME@VERSION")], json_: Json = False) -> None:
     """One version: its card, state and measurements."""
-    store = _store(Settings.load())
+    settings = Settings.load()
+    store = _store(settings)
     version = store.resolve(name)
-    row = catalog.adapter(version, store.alias(version.name)) | {"path": str(version.ref.path)}
+    measured = State(settings.rooms.database).measurements().get(version.id)
+    row = catalog.adapter(version, store.alias(version.name), measured) | {"path": str(version.ref.path)}
     if json_:
         data(row)
         return

@@ -189,7 +189,7 @@ def _mean(strata: Sequence[Numbers]) -> float:
     return float(np.mean([s.mean() for s in strata]))
 
 
-def total_variation(a: Mapping[Hashable, float], b: Mapping[Hashable, float]) -> float:
+def total_variation(a: Mapping[str, int], b: Mapping[str, int]) -> float:
     """Half the summed absolute difference of two sets of counts, each scaled to 1: 0 the same, 1 disjoint."""
-    left, right = sum(a.values()) or 1.0, sum(b.values()) or 1.0
+    left, right = sum(a.values()) or 1, sum(b.values()) or 1
     return 0.5 * sum(abs(a.get(k, 0) / left - b.get(k, 0) / right) for k in {*a, *b})

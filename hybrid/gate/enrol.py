@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hybrid.adapters.store import AdapterStore
 from hybrid.errors import HybridError, Refused
@@ -31,10 +32,19 @@ SAMPLE = 4000
 class Enrolment:
     """Compares what is enrolled with what is there, and enrols or forgets the difference.
 
-    `warm` is set once the first comparison is done: until then no request should be routed.
+    `warm` is set once the first comparison is done: until then no request should be routed. `measured` gives the
+    records of versions that were measured; one with a `reason` not to be used is not enrolled.
     """
 
-    def __init__(self, home: Home, store: AdapterStore, shelves: Shelves, library: Library, cache: Path) -> None:
+    def __init__(
+        self,
+        home: Home,
+        store: AdapterStore,
+        shelves: Shelves,
+        library: Library,
+        cache: Path,
+        measured: Callable[[], Mapping[str, Mapping[str, Any]]] = dict,
+    ) -> None:
         self.gate = Gate()
         self.warm = False
         self.generation = 0
@@ -43,6 +53,7 @@ class Enrolment:
         self._shelves = shelves
         self._library = library
         self._cache = cache
+        self._measured = measured
         self._seen: dict[Arm, str] = {}
         self._lock = threading.Lock()
 
@@ -93,13 +104,16 @@ class Enrolment:
         return weights
 
     def _adapters(self) -> dict[Arm, tuple[str, Callable[[], object]]]:
-        """Every live adapter that brought examples."""
+        """Every live adapter that brought examples and was not measured worse than arms without training."""
+        measured = self._measured()
         out: dict[Arm, tuple[str, Callable[[], object]]] = {}
         for name in self._store.names():
             live = self._store.alias(name)
             if live is None:
                 continue
             version = self._store.resolve(f"{name}@{live}")
+            if measured.get(version.id, {}).get("reason"):
+                continue
             if (version.ref.path / "examples.safetensors").exists():
                 corpus = version.card.get("corpus")
                 arm = Arm("adapter+rag", (name, corpus)) if corpus else Arm("adapter", (name,))
