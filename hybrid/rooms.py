@@ -122,13 +122,17 @@ class Home:
 def fsync_tree(folder: Path) -> None:
     """Flushes every file below `folder`, then the folders, so that a rename publishes bytes and not promises."""
     for path in [*folder.rglob("*"), folder]:
-        if path.is_symlink():
-            continue
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        if not path.is_symlink():
+            fsync_path(path)
+
+
+def fsync_path(path: Path) -> None:
+    """Flushes one file, or a folder's list of names."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def sha256_file(path: Path) -> str:
@@ -167,10 +171,6 @@ def publish(target: Path) -> Iterator[Path]:
         if target.exists():
             raise FileExistsError(f"{target} is published already and cannot change; publish a new version")
         os.rename(staging, target)
-        fd = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        fsync_path(target.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -5,6 +5,7 @@ A name that does not exist is an error that says so. The environment is read her
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from pathlib import Path
@@ -32,6 +33,7 @@ class ServerSettings(_Section):
     ui: bool = True
     quickstart: bool = Field(True, description="train the quickstart adapters in the background on the first start")
     max_body_bytes: int = Field(4 << 20, description="a larger request body is 413")
+    max_file_bytes: int = Field(512 << 20, description="a larger upload to /v1/files is 413")
     max_header_count: int = 100
     max_header_bytes: int = 32 << 10
     max_messages: int = 512
@@ -83,6 +85,14 @@ class GateSettings(_Section):
     few_shot_k: int = Field(4, ge=1, le=32)
 
 
+class TrainingSettings(_Section):
+    """How adapters are trained in this home."""
+
+    checkpoint_s: float = Field(30.0, ge=0, description="seconds between checkpoints of a run at least")
+    jobs: int = Field(1, ge=1, le=64, description="jobs that train at once")
+    measure: bool = Field(True, description="measure new versions on their dev split while the server is idle")
+
+
 class Settings(BaseSettings):
     """The whole tree. `Settings.load(...)` reads file and environment; flags come in as overrides."""
 
@@ -111,6 +121,15 @@ class Settings(BaseSettings):
     engine: EngineSettings = EngineSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
     gate: GateSettings = GateSettings()
+    training: TrainingSettings = TrainingSettings()
+
+    def environment(self) -> dict[str, str]:
+        """What makes a child process load these very settings, wherever they came from."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        return {
+            f"HYBRID_{name.upper()}": json.dumps(value) if isinstance(value, dict) else str(value)
+            for name, value in values.items()
+        }
 
     @property
     def rooms(self) -> Home:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 import typer
 
 from hybrid.cli.say import bar, say
 from hybrid.gateway import Gateway
-from hybrid.lifecycle import Quickstart
+from hybrid.lifecycle.measure import Measuring
+from hybrid.lifecycle.quickstart import Quickstart
 from hybrid.server.run import serve as run
 from hybrid.settings import Settings
 from hybrid.ui import mount_ui
@@ -36,15 +38,12 @@ def serve(
         overrides["engine"] = {"kind": engine}
     settings = Settings.load(**overrides)
 
+    async def beside(gateway: Gateway) -> None:
+        work = [first_hour(gateway)] if settings.server.quickstart else []
+        await asyncio.gather(*work, *([Measuring(gateway).run()] if settings.training.measure else []))
+
     async def first_hour(gateway: Gateway) -> None:
-        await Quickstart(
-            settings,
-            state=gateway.state,
-            store=gateway.store,
-            library=gateway.library,
-            busy=lambda: gateway.answering,
-            ready=lambda: gateway.ready()[0],
-        ).run()
+        await Quickstart(settings, state=gateway.state, store=gateway.store, library=gateway.library).run()
 
     with bar() as progress:
         run(
@@ -52,7 +51,7 @@ def serve(
             progress=progress,
             announce=say,
             face=(lambda app, url: mount_ui(app, settings, url)) if settings.server.ui else None,
-            background=first_hour if settings.server.quickstart else None,
+            background=beside,
         )
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import ipaddress
+import logging
 import secrets
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
@@ -11,25 +16,39 @@ from fastapi_offline import FastAPIOffline
 from hybrid import __version__
 from hybrid.gateway import Gateway
 from hybrid.keys import Keys
-from hybrid.server import adapters, chat, decisions, errors, health, models
+from hybrid.lifecycle.orders import Orders
+from hybrid.lifecycle.runner import Runner
+from hybrid.server import adapters, chat, decisions, errors, files, health, models, tuning
 from hybrid.server.access import Access
 from hybrid.server.house import House, Traffic
 from hybrid.server.limits import Door
 from hybrid.server.metrics import Metrics
 from hybrid.settings import Settings
+from hybrid.training.files import Files
+from hybrid.training.jobs import JobBook
 
-ROUTERS = (chat.router, models.router, adapters.router, decisions.router, health.router)
+log = logging.getLogger("hybrid.server")
+ROUTERS = (chat.router, models.router, adapters.router, decisions.router, files.router, tuning.router, health.router)
 
 
 def create_app(gateway: Gateway, settings: Settings, *, token: str | None = None) -> FastAPI:
     """The app around a running gateway. `token` is an admin key that holds as long as this process (`server.json`)."""
-    house = House(gateway, settings, Metrics(gateway.status), Traffic())
+    house = House(
+        gateway,
+        settings,
+        Metrics(gateway.status),
+        Traffic(),
+        Files(settings.rooms, gateway.state),
+        JobBook(gateway.state),
+        Orders(settings, state=gateway.state, store=gateway.store),
+    )
     app = FastAPIOffline(
         title="hybrid",
         version=__version__,
         description="OpenAI's API over one base model, many adapters and a gate; the model 'auto' lets it decide.",
         redirect_slashes=False,
         redoc_url=None,
+        lifespan=lambda _: beside(_runner(gateway, settings).run()),
     )
     app.state.house = house
     for router in ROUTERS:
@@ -45,6 +64,35 @@ def create_app(gateway: Gateway, settings: Settings, *, token: str | None = None
         traffic=house.traffic,
     )
     return app
+
+
+def _runner(gateway: Gateway, settings: Settings) -> Runner:
+    """Trains in the background of this server, giving way to its answers."""
+    return Runner(
+        settings,
+        state=gateway.state,
+        store=gateway.store,
+        loader=gateway.loader,
+        busy=lambda: gateway.answering > 0,
+        ready=lambda: gateway.ready()[0],
+    )
+
+
+@contextlib.asynccontextmanager
+async def beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Runs `work` while the block runs. Its failure is logged; serving goes on."""
+    task = asyncio.create_task(work)
+    task.add_done_callback(_report)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("background work ended: %s", error, exc_info=error)
 
 
 def loopback(host: str) -> bool:

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from starlette.requests import Request
 
 from hybrid.gateway import Gateway
+from hybrid.lifecycle.orders import Orders
 from hybrid.server.metrics import Metrics
 from hybrid.settings import Settings
+from hybrid.training.files import Files
+from hybrid.training.jobs import JobBook
 
 
 class Traffic:
@@ -42,6 +45,9 @@ class House:
     settings: Settings
     metrics: Metrics
     traffic: Traffic
+    files: Files
+    jobs: JobBook
+    orders: Orders
 
     @property
     def context(self) -> int:

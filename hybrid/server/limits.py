@@ -24,6 +24,9 @@ from hybrid.settings import ServerSettings
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 #: answered while the server leaves
 _ALWAYS = OPEN | {"/metrics"}
+#: takes files, which are written to disk as they come, and so may be large
+_UPLOADS = "/v1/files"
+_ENVELOPE = 64 << 10  # of a form around its file
 _GONE = 499  # nginx's word for: the client closed the request
 
 
@@ -52,11 +55,12 @@ class Visit:
 class Inbox:
     """Reads ahead by one message, so that a disconnect is seen while the app works. Counts the bytes of the body."""
 
-    def __init__(self, receive: Receive, visit: Visit, limit: int) -> None:
+    def __init__(self, receive: Receive, visit: Visit, limit: int, setting: str) -> None:
         self._receive = receive
         self._visit = visit
         self._left = limit
         self._limit = limit
+        self._setting = setting
         self._queue: asyncio.Queue[Message] = asyncio.Queue(maxsize=1)  # one: backpressure reaches the socket
 
     async def watch(self, worker: asyncio.Task[None]) -> None:
@@ -72,7 +76,7 @@ class Inbox:
         message = await self._queue.get()
         self._left -= len(message.get("body", b""))
         if self._left < 0:
-            raise TooLarge(_too_large(self._limit))
+            raise TooLarge(_too_large(self._limit, self._setting))
         return message
 
 
@@ -124,8 +128,9 @@ class Door:
             return
         if visit.headers.get(b"content-encoding", b"identity") != b"identity":
             raise BadRequest("Send the body as it is: compressed bodies are not unpacked.", param="content-encoding")
-        if _length(visit.headers.get(b"content-length")) > s.max_body_bytes:
-            raise TooLarge(_too_large(s.max_body_bytes))
+        limit, setting = self._room(path)
+        if _length(visit.headers.get(b"content-length")) > limit:
+            raise TooLarge(_too_large(limit, setting))
         if self._traffic.inflight >= s.max_inflight:
             raise Overloaded(f"All {s.max_inflight} places are taken; try again in a second.")
 
@@ -136,7 +141,7 @@ class Door:
             return
         worker = asyncio.current_task()
         assert worker is not None  # noqa: S101 - a coroutine that runs has a task; for the type checker
-        inbox = Inbox(receive, visit, self._settings.max_body_bytes)
+        inbox = Inbox(receive, visit, *self._room(scope["path"]))
         watcher = asyncio.create_task(inbox.watch(worker))
         self._count(+1)
         try:
@@ -148,6 +153,12 @@ class Door:
         finally:
             watcher.cancel()
             self._count(-1)
+
+    def _room(self, path: str) -> tuple[int, str]:
+        """How many bytes a body may have here, and the setting that says so."""
+        if path == _UPLOADS:
+            return self._settings.max_file_bytes + _ENVELOPE, "server.max_file_bytes"
+        return self._settings.max_body_bytes, "server.max_body_bytes"
 
     def _count(self, change: int) -> None:
         self._traffic.count(change)
@@ -172,5 +183,5 @@ def _length(header: bytes | None) -> int:
     return int(header) if header and header.isdigit() else 0
 
 
-def _too_large(limit: int) -> str:
-    return f"The body is larger than {limit:,} bytes; send less, or raise server.max_body_bytes."
+def _too_large(limit: int, setting: str) -> str:
+    return f"The body is larger than {limit:,} bytes; send less, or raise {setting}."

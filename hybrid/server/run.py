@@ -25,7 +25,7 @@ from hybrid.boot import Progress, open_gateway
 from hybrid.errors import HomeInUse, SetupError
 from hybrid.gateway import Gateway
 from hybrid.rooms import Home, write_json
-from hybrid.server.app import create_app, loopback
+from hybrid.server.app import beside, create_app, loopback
 from hybrid.server.house import Traffic
 from hybrid.settings import ServerSettings, Settings
 
@@ -79,28 +79,8 @@ async def _serve(
             announce(f"hybrid listens on {url} (Ctrl-C stops it).")
             if not loopback(settings.server.host):
                 announce("Others can reach this address, so every request needs a key: `hybrid keys create NAME`.")
-            async with _beside(background(gateway) if background else None):
+            async with beside(background(gateway)) if background else contextlib.nullcontext():
                 await server.serve([listener])
-
-
-@contextlib.asynccontextmanager
-async def _beside(work: Coroutine[Any, Any, None] | None) -> AsyncIterator[None]:
-    """Runs `work` while the block runs. Its failure is logged; serving goes on."""
-    if work is None:
-        yield
-        return
-    task = asyncio.create_task(work)
-    task.add_done_callback(_report)
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
-def _report(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.error("background work ended: %s", error, exc_info=error)
 
 
 def _config(app: FastAPI) -> uvicorn.Config:

@@ -1,0 +1,1 @@
+"""What needs both training and serving: jobs in the background, and the first hour of a home."""

@@ -1,0 +1,107 @@
+"""A process in the background: of low priority, in a group of its own, tied to our life, giving way to requests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from hybrid.engine.launch import MARK
+from hybrid.settings import Settings
+from hybrid.training.control import Wanted
+
+NICE = 15
+#: no request for so long is quiet
+IDLE_S = 0.5
+#: a busy server holds a job no longer than this in a row, then lets it work a while
+HOLD_S, WORK_S = 20.0, 5.0
+#: a cancelled job may reach the end of its step in this time
+GRACE_S = 5.0
+_ASK_EVERY_S = 0.5
+_TICK_S = 0.1
+
+
+class GiveWay:
+    """When a background process stands still: while requests are answered, but never for ever."""
+
+    def __init__(self) -> None:
+        self._busy_at = float("-inf")
+        self._held_since: float | None = None
+        self._free_until = float("-inf")
+
+    def stop(self, busy: bool, now: float) -> bool:
+        """Whether it should be stopped at the time `now` (seconds of a monotonic clock)."""
+        if busy:
+            self._busy_at = now
+        if now < self._free_until or now - self._busy_at >= IDLE_S:
+            self._held_since = None
+            return False
+        self._held_since = now if self._held_since is None else self._held_since
+        if now - self._held_since < HOLD_S:
+            return True
+        self._free_until = now + WORK_S
+        return False
+
+
+async def run_child(
+    args: Sequence[str],
+    *,
+    settings: Settings,
+    log: Path,
+    busy: Callable[[], bool],
+    wanted: Callable[[], Awaitable[Wanted]],
+) -> int:
+    """Runs `hybrid ARGS…` to its end and returns its exit code; negative: the signal that ended it.
+
+    What it says goes to `log`. When `wanted` says cancel its group is killed after a grace. Cancelling this ends it
+    at once.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as words:
+        child = await asyncio.create_subprocess_exec(
+            *[sys.executable, "-m", "hybrid.engine.launch", "hybrid.cli", *args],
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=words,
+            stderr=words,
+            env={**os.environ, **settings.environment(), MARK: str(os.getpid())},
+            start_new_session=True,
+        )
+    with contextlib.suppress(ProcessLookupError):
+        os.setpriority(os.PRIO_PROCESS, child.pid, NICE)
+    minding = asyncio.create_task(_mind(child.pid, busy, wanted))
+    try:
+        return await child.wait()
+    finally:
+        minding.cancel()
+        _signal(child.pid, signal.SIGKILL)  # the whole group: what it started must not outlive it
+        await asyncio.gather(minding, child.wait(), return_exceptions=True)
+
+
+async def _mind(group: int, busy: Callable[[], bool], wanted: Callable[[], Awaitable[Wanted]]) -> None:
+    """Stops and continues the group as requests come and go; lets it run when it is asked to end."""
+    way, stopped, asked = GiveWay(), False, time.monotonic()
+    while True:
+        now = time.monotonic()
+        if now - asked >= _ASK_EVERY_S:
+            asked = now
+            if (wish := await wanted()) != "run":
+                break
+        stop = way.stop(busy(), now)
+        if stop != stopped:
+            _signal(group, signal.SIGSTOP if stop else signal.SIGCONT)
+            stopped = stop
+        await asyncio.sleep(_TICK_S)
+    _signal(group, signal.SIGCONT)
+    if wish == "cancel":
+        await asyncio.sleep(GRACE_S)
+        _signal(group, signal.SIGKILL)
+
+
+def _signal(group: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
