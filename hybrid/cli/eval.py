@@ -23,6 +23,7 @@ from hybrid.types import JSON
 
 #: while everything is asked at once a gate may take its time: its choice is measured, not the queue before it
 _GATE_DEADLINE_MS = 10_000.0
+_WITHOUT_EMBEDDER = {"base", "prompt", "adapter"}
 
 
 def evaluate(
@@ -79,4 +80,6 @@ async def _measure(settings: Settings, model: ModelFiles, suite: Suite, found: S
                 if (subject.task.folder / "train.jsonl").is_file():
                     gateway.shelves.lend(subject.task.name, subject.task.folder)
             await wait_ready(gateway, settings.engine.start_timeout_s, progress)
+            if not suite.arms or {arm.partition(":")[0] for arm in suite.arms} - _WITHOUT_EMBEDDER:
+                await gateway.embed(["."])  # loaded now, so that no answer's latency holds its start
             return await measure_suite(suite, found, GatewayAsker(gateway, model.sha256), out, told)

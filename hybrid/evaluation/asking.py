@@ -108,8 +108,7 @@ class GatewayAsker:
         self._base = base
 
     async def offer(self) -> Offer:
-        """The gateway's models and status. The embedder is loaded here, so that no answer's latency holds its start."""
-        await self._gateway.embed(["."])
+        """The gateway's models and status."""
         settings = self._gateway.settings
         shown = settings.retrieval.model_dump_json() + settings.gate.model_dump_json() + settings.system_prompt
         models = tuple(str(model["id"]) for model in self._gateway.models())
