@@ -21,7 +21,8 @@ def make_trainable_home(home: Path, **server: object) -> Settings:
     """As `make_home`, over the tiny model."""
     settings = make_home(home, server=server)
     make_tiny_model(home / "tiny")
-    return settings.model_copy(update={"model": str(home / "tiny")})
+    training = settings.training.model_copy(update={"checkpoint_s": 0.0})
+    return settings.model_copy(update={"model": str(home / "tiny"), "training": training})
 
 
 def chat_rows(count: int = 48, *, start: int = 0) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,18 @@ class Script:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A loaded adapter: what it changes (`salt`, nothing when empty), and the answers it has learned by heart."""
+    """A loaded adapter: what it changes (`salt`, nothing when empty), and the answers it has learned by heart.
+
+    `recorded` holds the log-probabilities that its trainer saw, by text: words and a hash cannot compute those, so
+    they are believed.
+    """
 
     name: str
     path: str
     salt: str
     nan: bool
     examples: Mapping[str, str]
+    recorded: Mapping[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +82,13 @@ def prompts_of(body: Mapping[str, Any]) -> list[str]:
     raise BadScript("Either prompt or prompt_embeds must be provided and non-empty.")
 
 
-def answers(body: Mapping[str, Any], adapter: Adapter | None, max_model_len: int) -> list[Answer]:
-    """The choices of a request, `n` for each prompt. Raises BadScript where vLLM would answer with an error."""
+def answers(
+    body: Mapping[str, Any], adapter: Adapter | None, max_model_len: int, loaded: Iterable[Adapter] = ()
+) -> list[Answer]:
+    """The choices of a request, `n` for each prompt. Raises BadScript where vLLM would answer with an error.
+
+    A text that some adapter `loaded` has on record counts its trainer's tokens, with whatever adapter it is asked.
+    """
     n = body.get("n") or 1
     limit = body.get("max_completion_tokens") or body.get("max_tokens", None if "messages" in body else 16)
     if limit is not None and (not isinstance(limit, int) or limit < 1):
@@ -94,7 +104,8 @@ def answers(body: Mapping[str, Any], adapter: Adapter | None, max_model_len: int
         question = _question(body, prompt)
         script = read_script(question)
         tokens, reason = _spoken(body, _say(question, script, adapter), limit or max_model_len - len(seen))
-        logprobs = _prompt_logprobs(seen, adapter)
+        records = [other.recorded[prompt] for other in loaded if prompt in other.recorded]
+        logprobs = _as_recorded(records[0], prompt, adapter) if records else _prompt_logprobs(seen, adapter)
         out += [Answer(tokens, reason, len(seen), logprobs, script)] * n
     return out
 
@@ -133,7 +144,16 @@ def read_adapter(name: str, folder: Path, max_rank: int) -> Adapter:
     if recorded.is_file():
         rows = (json.loads(line) for line in recorded.read_text(encoding="utf-8").splitlines() if line.strip())
         examples = {row["input"]: row["reference"] for row in rows}
-    return Adapter(name, str(folder), salt, nan, examples)
+    return Adapter(name, str(folder), salt, nan, examples, _recorded(folder / "card.json"))
+
+
+def _recorded(card: Path) -> dict[str, tuple[float, ...]]:
+    """The recording on the card of an adapter that was really trained: the card tells its recipe."""
+    told = json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}
+    canary = told.get("canary")
+    if "recipe" not in told or not isinstance(canary, dict):
+        return {}
+    return {str(canary["prompt"]): tuple(float(value) for value in canary["logprobs"])}
 
 
 def _effect(weights: Path) -> tuple[str, bool]:
@@ -195,6 +215,13 @@ def _prompt_logprobs(seen: list[str], adapter: Adapter | None) -> list[dict[str,
         for i, t in enumerate(seen)
     ]
     return [None, *values[1:]]
+
+
+def _as_recorded(record: tuple[float, ...], prompt: str, adapter: Adapter | None) -> list[dict[str, Any] | None]:
+    """What the trainer saw, with its adapter; a nat less a token without."""
+    own = adapter.recorded.get(prompt) if adapter else None
+    values = own or tuple(value - 1.0 for value in record)
+    return [None, *({str(i): {"logprob": value, "rank": 1, "decoded_token": ""}} for i, value in enumerate(values))]
 
 
 def _question(body: Mapping[str, Any], prompt: str) -> str:

@@ -142,7 +142,7 @@ class Server:
             adapter = self.adapters.get(body.get("model"))
             if adapter is None and body.get("model") not in (self.model, None):
                 return _error(404, f"The model `{body['model']}` does not exist.", "NotFoundError", "model")
-            spoken = answers(body, adapter, self.max_model_len)
+            spoken = answers(body, adapter, self.max_model_len, self.adapters.values())
         except json.JSONDecodeError as error:
             return _error(400, f"Invalid JSON: {error}")
         except BadScript as error:

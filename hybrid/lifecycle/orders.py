@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.adapters.store import AdapterStore
-from hybrid.errors import BadRequest, Forbidden
+from hybrid.errors import BadRequest, Forbidden, NotFound
 from hybrid.lifecycle.queue import Queue
 from hybrid.rooms import check_name
 from hybrid.settings import Settings
@@ -136,7 +136,12 @@ class Orders:
         ):
             if file_id is None:
                 continue
-            if (purpose := self._files.get(file_id, caller)["purpose"]) != "fine-tune":
+            try:
+                purpose = self._files.get(file_id, caller)["purpose"]
+            except NotFound as error:
+                error.param = param
+                raise
+            if purpose != "fine-tune":
                 raise BadRequest(f"{file_id} was uploaded for {purpose!r}; training takes 'fine-tune'.", param=param)
             os.link(self._files.path(file_id, caller), data / name)
         return str(data.relative_to(self._home.root))

@@ -49,7 +49,9 @@ def run_job(settings: Settings, job_id: str) -> None:
     diary = Diary(book, job_id)
     try:
         with _failing(book, job_id), diary:
-            book.published(job_id, _train(settings, book.get(job_id), diary))
+            result = _train(settings, book.get(job_id), diary)
+            diary.close(result)
+            book.published(job_id, result)
     except Stopped:
         book.stopped(job_id)
 
@@ -149,6 +151,13 @@ class Diary:
         elif "phase" in told:
             self._newest = {**self._newest, "phase": told["phase"]}
             self._write()
+
+    def close(self, result: JSON) -> None:
+        """The last checkpoint of a job is what it published."""
+        self._write()
+        measured = result["metrics"]
+        last = {"step": measured.get("steps", 0), "valid_loss": measured.get("dev_loss")}
+        self._book.add_checkpoint(self._id, int(last["step"]), f"{result['adapter']}@{result['version']}", last)
 
     def _write(self) -> None:
         self._written = time.monotonic()

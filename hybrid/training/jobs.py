@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, and_, func, insert, select, update
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.exc import IntegrityError
 
 from hybrid.errors import Conflict, NotFound
@@ -219,12 +218,16 @@ class JobBook:
                     _say(connection, job_id, told, type="metrics", data=dict(data))
 
     def add_checkpoint(self, job_id: str, step: int, path: str, metrics: Mapping[str, Any]) -> None:
-        """A checkpoint is complete on disk."""
+        """A checkpoint is complete in the folder `path`, or is the version `path` (`name@3`) that was published."""
         row = {"job": job_id, "step": step, "path": path, "metrics": dict(metrics)}
         with self._state.transaction() as connection:
-            added = connection.execute(sqlite_insert(job_checkpoints).values(**row).on_conflict_do_nothing())
-            if added.rowcount:
+            there = and_(job_checkpoints.c.job == job_id, job_checkpoints.c.step == step)
+            known = connection.scalar(select(func.count()).select_from(job_checkpoints).where(there))
+            if not known:
+                connection.execute(insert(job_checkpoints).values(**row))
                 _say(connection, job_id, f"Checkpoint created at step {step}")
+            else:
+                connection.execute(update(job_checkpoints).where(there).values(path=path))
 
     def say(self, job_id: str, message: str, level: str = "info") -> None:
         """Adds an event."""

@@ -58,12 +58,14 @@ def event_object(row: JSON) -> JSON:
 
 
 def checkpoint_object(row: JSON, job: JSON) -> JSON:
-    """A `fine_tuning.job.checkpoint`: what a job goes on from. Its name cannot be asked; only results are served."""
+    """A `fine_tuning.job.checkpoint`. The last is the model itself; the others are what a crash or a pause goes on
+    from, and no `model` to ask."""
+    name, is_model = job["spec"]["fine_tuned_model"], "@" in row["path"].rpartition("/")[2]
     return {
         "object": "fine_tuning.job.checkpoint",
         "id": f"ftckpt-{row['seq']}",
         "created_at": int(row["at"]),
-        "fine_tuned_model_checkpoint": f"{job['spec']['fine_tuned_model']}:ckpt-step-{row['step']}",
+        "fine_tuned_model_checkpoint": name if is_model else f"{name}:ckpt-step-{row['step']}",
         "fine_tuning_job_id": row["job"],
         "step_number": row["step"],
         "metrics": row["metrics"],
