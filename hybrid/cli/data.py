@@ -151,10 +151,11 @@ def label(
         raise BadRequest("Name the unlabelled rows with --pool FILE.")
     splits = read_splits(source, seed=seed)
     rows = read_pool(pool, splits)
-    embedder = _embedder()
     if endpoint:
         done = asyncio.run(_labelled(splits, rows, above, endpoint, _named(model)))
+        embedder = _embedder() if measure else None
     else:
+        embedder = _embedder()
         done = label_by_head(splits, rows, above, embedder)
     write_rows(out, done.rows)
     told = {"out": str(out), "rows": len(done.rows), "unsure": done.unsure, "unlisted": done.unlisted}

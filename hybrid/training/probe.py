@@ -44,15 +44,21 @@ class Probe:
         return _softmax(scores / self._temperature)
 
     def calibrate(self, vectors: Vectors, answers: Sequence[str]) -> Probe:
-        """Sets the temperature by likelihood on held-out rows (Guo et al. 2017, arXiv 1706.04599); returns itself."""
+        """Sets the temperature by likelihood on held-out rows (Guo et al. 2017, arXiv 1706.04599); returns itself.
+
+        The rows count as right with Platt's (1999) (n + 1) / (n + 2), so that a few that are all right do not make the
+        head certain.
+        """
         column = {name: n for n, name in enumerate(self.classes)}
         known = [n for n, answer in enumerate(answers) if answer in column]
         if self._only is not None or not known:
             return self
         self._temperature = 1.0
         logs = np.log(self.probabilities(vectors[known]) + 1e-300)
-        right = [column[answers[n]] for n in known]
-        losses = [-np.log(_softmax(logs / t)[range(len(known)), right] + 1e-300).mean() for t in _TEMPERATURES]
+        doubt = 1 / (len(known) + 2)
+        target = np.full(logs.shape, doubt / (logs.shape[1] - 1))
+        target[range(len(known)), [column[answers[n]] for n in known]] = 1 - doubt
+        losses = [-(target * np.log(_softmax(logs / t) + 1e-300)).sum() for t in _TEMPERATURES]
         self._temperature = float(_TEMPERATURES[int(np.argmin(losses))])
         return self
 
