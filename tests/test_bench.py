@@ -14,17 +14,21 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from conftest import Served, hybrid, start_server, stop_server
 from server_kit import make_home, until
+from tiny_model import make_tiny_model
 from typer.main import get_command
 
 from hybrid import reach
 from hybrid.adapters.preflight import read_base
 from hybrid.adapters.store import AdapterStore
 from hybrid.bench import BENCHMARKS, hotload
+from hybrid.bench import train as bench_train
+from hybrid.bench.contest import WARM_UP, Plan, Row, drawn, tokens_of
 from hybrid.bench.routing import Owned, wilson
 from hybrid.cli.bench import app
-from hybrid.errors import BadRequest
+from hybrid.errors import BadRequest, SetupError
 from hybrid.rooms import Home
 from hybrid.state import State
+from hybrid.training.recipes import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +167,70 @@ def test_startup_starts_stops_and_tells_when(served: Served, tmp_path: Path) -> 
     assert 0 < row["livez_s"] <= row["readyz_s"] <= row["first_token_s"]
     assert found["summary"]["engine"] == "scripted"
     assert not list(tmp_path.iterdir()), "a benchmark writes nothing but its result"
+
+
+def test_train_compares_trainers_on_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYBRID_MODEL", str(make_tiny_model(tmp_path / "tiny").path))
+    task = make_task(tmp_path / "mine", [])
+    for split, start, count in (("train", 0, 40), ("dev", 100, 6)):
+        rows = (
+            {"id": f"{split}{n}", "input": f"item {n}" + "!" * (n % 7), "reference": "red"}
+            for n in range(start, start + count)
+        )
+        (task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (task / "test.jsonl").unlink()
+    sets = ("--set", "batch_size=4", "--set", "rank=4", "--set", "learning_rate=0.02")
+    found = bench(
+        tmp_path, "train", str(task), "--tokens", "2000", "--rounds", "3", "--out", str(tmp_path / "out"), *sets
+    )
+    written = json.loads((tmp_path / "out" / "train.json").read_text())
+    assert {key: written[key] for key in found} == found
+    assert (tmp_path / "out" / "train.png").read_bytes().startswith(b"\x89PNG")
+    slices = written["slices"]
+    assert [row["trainer"] for row in found["rows"]] == list(slices) == ["hybrid", "trl", "plain"]
+    totals = {sum(one["tokens"] for one in ones) for ones in slices.values()}
+    assert len(totals) == 1, "all learn equally many tokens"
+    assert totals.pop() >= 2000
+    assert [one["tokens"] for one in slices["hybrid"]] == [one["tokens"] for one in slices["plain"]]
+    for row in found["rows"]:
+        assert row["dev_loss"] < found["summary"]["dev_loss_before"] - 0.5, "each has learned"
+        assert row["peak_mb"] > 100
+    near = {one["trainer"]: one["dev_loss"] for one in found["rows"]}
+    assert near["hybrid"] == pytest.approx(near["plain"], abs=0.05), "the same batches from the same weights"
+    assert {name: len(times["ci95"]) for name, times in found["summary"]["times"].items()} == {"trl": 2, "plain": 2}
+    assert [goal["limit"] for goal in found["goals"]] == [6.0, bench_train.EQUAL, 1.0, 1.5, bench_train.EQUAL, 1.0]
+
+
+def test_rows_are_drawn_for_equal_rounds() -> None:
+    rows = [Row((n,) * 9, (1,), (), "") for n in range(7)]
+    found = drawn(rows, Recipe(batch_size=4), tokens=200, rounds=3)
+    steps = len(found) // 4 - WARM_UP
+    assert len(found) % 4 == 0
+    assert steps % 3 == 0
+    assert tokens_of(found[WARM_UP * 4 :]) >= 200
+    assert sorted(found[:7], key=lambda row: row.prompt) == rows, "an epoch is whole before the next begins"
+
+
+def test_a_ratio_is_of_rounds_that_belong_together() -> None:
+    noisy = bench_train.ratio([100, 10, 50, 20], [50, 5, 25, 10])
+    assert noisy == {"median": 2.0, "ci95": [2.0, 2.0]}
+    low, high = bench_train.ratio([100, 100, 100, 100], [50, 40, 25, 20])["ci95"]
+    assert 2.0 <= low < high <= 5.0
+
+
+async def test_a_trainer_that_dies_is_told_in_its_own_words(tmp_path: Path) -> None:
+    plan = Plan("nobody", "", "tiny", "", {}, tokens=1, rounds=1, folder=str(tmp_path))
+    async with bench_train.child(plan) as contestant:
+        with pytest.raises(SetupError, match=r"(?s)'nobody' ended.*KeyError"):
+            await contestant.hear()
+
+
+def test_rivals_are_known_and_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BadRequest, match="no rival 'keras'"):
+        bench_train.check(["keras"])
+    monkeypatch.setattr(bench_train.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SetupError, match="pip install trl"):
+        bench_train.check(["plain", "trl"])
 
 
 def test_a_table_for_people(served: Served, store: AdapterStore, tmp_path: Path) -> None:
