@@ -10,6 +10,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import hmac
 import logging
@@ -20,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from hybrid import catalog
+from hybrid.adapters.heads import Heads, Verdict
 from hybrid.adapters.hotload import HotLoader
-from hybrid.adapters.kinds import LORA
+from hybrid.adapters.kinds import HEAD, LORA
 from hybrid.adapters.listing import AdapterVersion
 from hybrid.adapters.store import AdapterStore
 from hybrid.engine import Engine
@@ -68,6 +70,7 @@ class Gateway:
         self.shelves = shelves
         self.decider = decider
         self.journal = Journal(state)
+        self._heads = Heads(library.embedder)
         self.count_tokens = count_tokens
         self._secret = secret
         self._enrolment = enrolment
@@ -103,6 +106,7 @@ class Gateway:
             adapters={decision.arm.adapter: version.ref.engine_name} if version and decision.arm.adapter else {},
             instruction=_instruction(version) if decision.chosen_by == "gate" else "",
             cache_salt=self._salt(request.caller),
+            head=self._head(version),
         )
         with self._using(version):
             try:
@@ -127,10 +131,18 @@ class Gateway:
             decision = await self.decider.decide(request)
         else:
             decision = Decision(id=new_id(), arm=arm, reason="the caller named the model", chosen_by="caller")
+        if decision.arm.strategy == "head":
+            head = self.store.head(decision.arm.args[0])
+            return dataclasses.replace(decision, adapter=head.id), head
         if decision.arm.adapter is None:
             return decision, None
         version = await self._version(decision.arm.adapter)
         return dataclasses.replace(decision, adapter=version.id), version
+
+    def _head(self, version: AdapterVersion | None) -> Callable[[str], Verdict] | None:
+        if version is None or version.kind != HEAD:
+            return None
+        return functools.partial(self._heads.classify, version.ref.path, version.card)
 
     async def _version(self, spec: str) -> AdapterVersion:
         version = self.store.model(spec)
@@ -169,6 +181,10 @@ class Gateway:
             raise ModelNotFound(f"The strategy of {model[:80]!r} is not served here.", param="model")
         if arm.strategy in ("adapter", "adapter+rag") and not arm.adapter:
             raise ModelNotFound(f"{model[:80]!r} names no adapter; write {arm.strategy}:NAME.", param="model")
+        if arm.strategy == "head":
+            if not arm.args:
+                raise ModelNotFound(f"{model[:80]!r} names no head; write head:NAME.", param="model")
+            self.store.head(arm.args[0])
         limit = {"base": 0, "prompt": 0, "adapter+rag": 2}.get(arm.strategy, 1)
         if len(arm.args) > limit:
             raise ModelNotFound(f"{model[:80]!r} has more parts than {arm.strategy} takes.", param="model")

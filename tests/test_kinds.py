@@ -14,6 +14,7 @@ from conftest import hybrid
 from safetensors.numpy import save_file
 from server_kit import chat, make_home, running, until
 
+from hybrid.adapters.heads import Head
 from hybrid.adapters.preflight import BaseFacts
 from hybrid.adapters.store import AdapterStore
 from hybrid.errors import Conflict, ModelNotFound, Refused
@@ -37,7 +38,8 @@ def other(kind: str = "head", weights: str = "head.safetensors", **card: Any) ->
     """Fills a folder that is no LoRA."""
 
     def fill(staging: Path) -> dict[str, Any]:
-        save_file({"weight": np.ones((2, 3), np.float32)}, staging / weights)
+        ones = np.ones(3, np.float32)
+        Head(("no", "yes"), np.ones((2, 3), np.float32), ones[:2], ones, ones, 1.0).save(staging)
         return {"kind": kind, "weights": weights, **card}
 
     return fill

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hybrid.adapters.heads import HEAD_WEIGHTS, read_head
 from hybrid.adapters.preflight import WEIGHTS, BaseFacts, check_base, check_files
 from hybrid.adapters.tensors import check_finite, read_header
 from hybrid.errors import Refused
@@ -58,10 +59,18 @@ def check_other(folder: Path, card: Mapping[str, Any], base: BaseFacts) -> None:
         check_base(card, base)
         if kind != "prompt":
             _check_tensors(folder, name)
+        if kind == HEAD:
+            _check_head(folder, name)
         if card.get("sha256") != sha256_file(folder / name):
             raise Refused(f"{name} is not the file its card was written for; publish it again.")
     except OSError as error:
         raise Refused(f"it cannot be read ({error.strerror}); check its files and permissions.") from error
+
+
+def _check_head(folder: Path, name: str) -> None:
+    if name != HEAD_WEIGHTS:
+        raise Refused(f"a head's weights are {HEAD_WEIGHTS}, its card names {name!r}; train it again.")
+    read_head(folder)
 
 
 def _check_tensors(folder: Path, name: str) -> None:

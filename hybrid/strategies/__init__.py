@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
 
-from hybrid.strategies import adapter, few_shot, prompt, rag
+from hybrid.strategies import adapter, few_shot, head, prompt, rag
 from hybrid.strategies.tools import Tools
 from hybrid.types import Arm, Event, Request
 
@@ -19,6 +19,7 @@ STRATEGIES: Mapping[str, Run] = {
     "base": prompt.base,
     "prompt": prompt.run,
     "few_shot": few_shot.run,
+    "head": head.run,
     "rag": rag.run,
     "adapter": adapter.run,
     "adapter+rag": rag.run,

@@ -6,15 +6,19 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
+from hybrid.adapters.heads import Verdict
 from hybrid.engine import Engine
+from hybrid.errors import ModelNotFound
 from hybrid.knowledge.examples import Shelf
 from hybrid.knowledge.search import Library
+from hybrid.prompts import within_budget
 from hybrid.settings import Settings
 from hybrid.types import Message, Passage, Request, Token, Usage
 
 
 class Bound:
-    """`Tools` for one request. `adapters` maps the names a strategy may say to the engine's immutable names."""
+    """`Tools` for one request. `adapters` maps the names a strategy may say to the engine's immutable names; `head`
+    reads with the chosen head."""
 
     def __init__(
         self,
@@ -28,6 +32,7 @@ class Bound:
         adapters: Mapping[str, str],
         instruction: str,
         cache_salt: str,
+        head: Callable[[str], Verdict] | None = None,
     ) -> None:
         self.instruction = instruction
         self.usage = Usage()
@@ -39,6 +44,7 @@ class Bound:
         self._count_tokens = count_tokens
         self._adapters = adapters
         self._cache_salt = cache_salt
+        self._head = head
         self._open: list[AsyncIterator[Token]] = []
 
     @property
@@ -96,15 +102,15 @@ class Bound:
 
         return await asyncio.to_thread(nearest)
 
+    async def classify(self, text: str) -> tuple[tuple[str, float], ...]:
+        if self._head is None:
+            raise ModelNotFound("No head was chosen for this request; ask for head:NAME.", param="model")
+        verdict = await asyncio.to_thread(self._head, text)
+        self.usage += Usage(self._count_tokens(text), self._count_tokens(verdict.label))
+        return verdict.ranked
+
     def fit(self, passages: Sequence[Passage]) -> tuple[Passage, ...]:
-        left = self._settings.retrieval.passage_budget_tokens
-        kept: list[Passage] = []
-        for passage in passages:
-            left -= self._count_tokens(f"{passage.title}: {passage.text}")
-            if left < 0 and kept:
-                break
-            kept.append(passage)
-        return tuple(kept)
+        return within_budget(passages, self._settings.retrieval.passage_budget_tokens, self._count_tokens)
 
     async def aclose(self) -> None:
         """Ends every engine call that is still open: a client that left must not keep the engine working."""

@@ -25,6 +25,10 @@ class Tools(Protocol):
         """The `k` training examples (user message, answer) nearest to `query`, nearest last."""
         ...
 
+    async def classify(self, text: str) -> tuple[tuple[str, float], ...]:
+        """What the chosen head says of `text`: (label, probability 0 to 1), the likeliest first."""
+        ...
+
     def fit(self, passages: Sequence[Passage]) -> tuple[Passage, ...]:
         """As many of the passages, best first, as the prompt's budget holds."""
         ...
