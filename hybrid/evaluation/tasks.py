@@ -260,7 +260,7 @@ def _row_complaints(row: Mapping[str, Any], task: Task) -> Iterator[str]:
         yield "`reference` is a string; write JSON answers as text"
     elif task.metric in _NEED_REFERENCE:
         yield from _reference_complaints(reference, task)
-    else:
+    elif task.metric == "ifeval":
         yield from complaints_of(meta or {})
 
 
