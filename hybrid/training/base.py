@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hybrid.errors import BadRequest, SetupError
+from hybrid.errors import BadRequest, DataError, SetupError
 from hybrid.models import ModelFiles
 from hybrid.training.batches import Encoded, Pack, encode, end_of_turn
 from hybrid.training.data import BAD_LIMIT, DEV_LIMIT, Dataset
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("hybrid.training")
 
 
-def load_base(files: ModelFiles, precision: str) -> tuple[Any, Any]:
-    """(model, tokenizer) in the precision of the recipe. Raises SetupError when transformers cannot open it."""
+def load_base(files: ModelFiles, precision: str, **options: Any) -> tuple[Any, Any]:
+    """(model, tokenizer) in the precision of the recipe; `options` go to transformers.
+
+    Raises SetupError when transformers cannot open it.
+    """
     import torch
     from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -31,7 +34,11 @@ def load_base(files: ModelFiles, precision: str) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(files.path, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
-            files.path, dtype=getattr(torch, precision), attn_implementation=ATTENTION, local_files_only=True
+            files.path,
+            dtype=getattr(torch, precision),
+            attn_implementation=ATTENTION,
+            local_files_only=True,
+            **options,
         )
     except (OSError, ValueError) as error:
         raise SetupError(f"The base model {files.name} cannot be opened for training: {error}.") from error
@@ -47,18 +54,27 @@ def stops(model: Any) -> list[int]:
 
 def encoded(tokenizer: Any, data: Dataset, recipe: Recipe, eos: Sequence[int]) -> tuple[list[Encoded], list[Encoded]]:
     """Training and dev rows as token ids. Raises DataError when more than 5 % of the rows are too long."""
+    if not data.train:
+        raise DataError(
+            f"{data.name} holds plain texts; --method pretrain learns from them, or give rows with answers."
+        )
     end = end_of_turn(tokenizer, eos)
     found = []
     for examples in (data.train, data.dev[:DEV_LIMIT]):
         rows, long = encode(tokenizer, examples, end=end, max_length=recipe.max_length)
-        if long:
-            named = ", ".join(example.id for example in long[:5])
-            told = f"{len(long)} of {len(examples)} rows are longer than {recipe.max_length} tokens ({named}, …)"
-            if len(long) > BAD_LIMIT * len(examples):
-                raise BadRequest(f"{told}; raise max_length, or shorten them.", param="max_length")
-            log.warning("%s and are left out.", told)
+        check_long([example.id for example in long], len(examples), recipe.max_length)
         found.append(rows)
     return found[0], found[1]
+
+
+def check_long(long: Sequence[str], rows: int, max_length: int) -> None:
+    """Says which of the rows are too long and left out. Raises BadRequest when they are more than 5 %."""
+    if not long:
+        return
+    told = f"{len(long)} of {rows} rows are longer than {max_length} tokens ({', '.join(long[:5])}, …)"
+    if len(long) > BAD_LIMIT * rows:
+        raise BadRequest(f"{told}; raise max_length, or shorten them.", param="max_length")
+    log.warning("%s and are left out.", told)
 
 
 def forward_of(model: Any) -> Forward:

@@ -5,16 +5,19 @@ PEFT makes the layers, names them and saves them; the forward and backward of a 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid.errors import BadRequest, HybridError
 from hybrid.training.base import encoded, load_base, stops
-from hybrid.training.batches import render
+from hybrid.training.batches import Encoded, render
 from hybrid.training.job import Fitted, Job
 from hybrid.training.kernels import fast_linear
 from hybrid.training.loop import Group
+from hybrid.training.rates import groups
 from hybrid.training.recipes import Recipe
+from hybrid.training.start import take_up
 from hybrid.training.supervised import Learner, fit_answers
 
 if TYPE_CHECKING:
@@ -27,16 +30,47 @@ READ_BACK, READ_BACK_OF_EFFECT = 0.1, 0.1
 
 def fit(job: Job) -> Fitted:
     """Trains an adapter. Raises DataError for rows that do not fit, BadRequest for a recipe that cannot work."""
+    return fit_at(job)
+
+
+def fit_rslora(job: Job) -> Fitted:
+    """rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): the update is scaled by alpha / sqrt(rank).
+
+    That is LoRA with alpha · sqrt(rank), and it is saved as that, so that every engine reads it alike.
+    """
+    alpha = job.recipe.alpha * job.recipe.rank**0.5
+    return fit_at(replace(job, recipe=job.recipe.model_copy(update={"alpha": alpha})))
+
+
+def fit_plus(job: Job) -> Fitted:
+    """LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B, which starts at zero, learns faster than A."""
+    return fit_at(job, job.recipe.lora_plus_ratio)
+
+
+def fit_at(job: Job, b_rate: float = 1.0) -> Fitted:
+    """LoRA in which B learns at `b_rate` times the rate of A."""
+    base, tokenizer, train, dev = opened(job)
+    model = adapted(base, job.recipe, job.model.name)
+    take_up(model, job)
+    text = canary_text(job, tokenizer)
+    learner = Learner(
+        model, lora_groups(model, job.recipe, b_rate), lambda folder: save_adapter(model, tokenizer, text, folder)
+    )
+    return fit_answers(job, learner, train, dev)
+
+
+def opened(job: Job, **options: Any) -> tuple[Any, Any, list[Encoded], list[Encoded]]:
+    """(base, tokenizer, training rows, dev rows) of a job, the random numbers seeded."""
     import torch
 
     torch.manual_seed(job.recipe.seed)
-    base, tokenizer = load_base(job.model, job.recipe.precision)
-    train, dev = encoded(tokenizer, job.data, job.recipe, stops(base))
-    model = adapted(base, job.recipe, job.model.name)
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    text = canary_text(job, tokenizer)
-    learner = Learner(model, [Group(weights)], lambda folder: save_adapter(model, tokenizer, text, folder))
-    return fit_answers(job, learner, train, dev)
+    base, tokenizer = load_base(job.model, job.recipe.precision, **options)
+    return base, tokenizer, *encoded(tokenizer, job.data, job.recipe, stops(base))
+
+
+def lora_groups(model: Any, recipe: Recipe, b_rate: float = 1.0) -> list[Group]:
+    """A model's LoRA matrices by their rates."""
+    return groups(model, recipe.layer_decay, lambda name, _: b_rate if ".lora_B." in name else 1.0)
 
 
 def canary_text(job: Job, tokenizer: Any) -> str:
@@ -45,8 +79,11 @@ def canary_text(job: Job, tokenizer: Any) -> str:
     return render(tokenizer, sample.messages) + sample.answer
 
 
-def adapted(base: Any, recipe: Recipe, name: str) -> Any:
-    """The base with LoRA layers of the recipe, in training mode. Raises BadRequest for modules it does not have."""
+def adapted(base: Any, recipe: Recipe, name: str, *, plain: bool = True, **options: Any) -> Any:
+    """The base with LoRA layers of the recipe, in training mode. Raises BadRequest for modules it does not have.
+
+    `plain` layers have our fast forward, others PEFT's own; `options` go to PEFT's LoraConfig.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -57,8 +94,10 @@ def adapted(base: Any, recipe: Recipe, name: str) -> Any:
         lora_dropout=recipe.dropout,
         target_modules=targets[0] if targets == ["all-linear"] else targets,
         task_type="CAUSAL_LM",
+        **options,
     )
-    config._register_custom_module({torch.nn.Linear: fast_linear()})
+    if plain:
+        config._register_custom_module({torch.nn.Linear: fast_linear()})
     try:
         model = get_peft_model(base, config)
     except ValueError as error:

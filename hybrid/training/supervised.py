@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hybrid.training.base import forward_of
-from hybrid.training.batches import Encoded
+from hybrid.training.batches import Encoded, Pack, packs
+from hybrid.training.elsewhere import measured_elsewhere
 from hybrid.training.job import Fitted, Job
 from hybrid.training.loop import Group, Report, optimise
 from hybrid.training.objective import Forward, NextToken, Objective, measure
 
+#: training rows measured at the end, for the gap between what was learned and what carries over
+GAP_ROWS = 200
+
 
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """A model of which some parameters learn, and how what they learned is saved."""
+    """A model of which some parameters learn, and how what they learned is saved.
+
+    `finish` makes of it, after training, what is measured and saved: another precision, another base, another kind.
+    """
 
     model: Any
     groups: Sequence[Group]
     save: Callable[[Path], dict[str, Any]]
     kind: str = "lora"
     serve_with: str = ""
+    finish: Callable[[], Learner] | None = None
 
 
 def fit_answers(
@@ -34,21 +42,30 @@ def fit_answers(
     *,
     forward: Forward | None = None,
     objective: Objective | None = None,
+    cut: Callable[[Sequence[Encoded]], Iterable[Pack]] = packs,
 ) -> Fitted:
     """Trains on the answers of `train` and measures on all of `dev`.
 
-    `forward` defaults to the model's own over packs, `objective` to the cross-entropy of the answers.
+    `forward` defaults to the model's own over packs, `objective` to the cross-entropy of the answers, as `cut` lays
+    them out. What is measured is what is saved.
     """
     forward = forward or forward_of(learner.model)
-    report = optimise(objective or NextToken(forward), learner.groups, train, dev, job.recipe, job.watch)
+    elsewhere = measured_elsewhere(job, learner.model, lambda rows: measure(forward, rows, cut))
+    report = optimise(objective or NextToken(forward, cut), learner.groups, train, dev, job.recipe, job.watch)
+    found = run_metrics(report, learner.groups, len(train))
+    if learner.finish:
+        learner = learner.finish()
+        forward = forward_of(learner.model)
     learner.model.eval()
-    final = measure(forward, dev)
+    final = measure(forward, dev, cut)
     metrics = {
         "dev_loss": round(final.loss, 5),
         "dev_token_accuracy": round(final.token_accuracy, 4),
         "dev_exact": round(final.exact, 4),
         "dev_rows": len(dev),
-        **run_metrics(report, learner.groups, len(train)),
+        "gap": round(final.loss - measure(forward, train[:GAP_ROWS], cut).loss, 5),
+        **found,
+        **elsewhere(),
     }
     return Fitted(metrics, report.curve, learner.save, learner.kind, learner.serve_with)
 
