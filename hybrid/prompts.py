@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from hybrid.types import Message, Passage
 
@@ -51,6 +51,17 @@ def with_passages(question: str, passages: Sequence[Passage]) -> str:
     if not passages:
         return question
     return f"{RAG_RULE}\n{passage_block(passages)}\n\n{question}"
+
+
+def within_budget(passages: Sequence[Passage], budget: int, count: Callable[[str], int]) -> tuple[Passage, ...]:
+    """As many of the passages, best first, as `budget` tokens hold; the first one always."""
+    kept: list[Passage] = []
+    for passage in passages:
+        budget -= count(f"{passage.title}: {passage.text}")
+        if budget < 0 and kept:
+            break
+        kept.append(passage)
+    return tuple(kept)
 
 
 def few_shot_messages(examples: Iterable[tuple[str, str]]) -> list[Message]:

@@ -189,6 +189,14 @@ class Library:
         kept, vectors = corpus.store.vectors(meta.dim, only=[int(row) for row in rows if int(row) in named])
         return tuple(replace(named[int(row)][0], corpus=name) for row in kept), vectors
 
+    def called(self, name: str, ids: Sequence[str]) -> dict[str, list[Passage]]:
+        """By each of these ids that the corpus knows, the passage of that id, or the pieces of that document.
+
+        Raises NotFound for an unknown corpus.
+        """
+        found = self._corpus(name).store.called(ids)
+        return {key: [replace(passage, corpus=name) for passage in pieces] for key, pieces in found.items()}
+
     def vectors(self, name: str, limit: int) -> Vectors:
         """The vectors of a sample of a corpus, float32 [n, dim]."""
         return self.sample(name, limit, 0)[1]

@@ -186,6 +186,16 @@ class Store:
                     out.setdefault(r.row, []).append(Passage(r.id, r.title, r.text, document=r.document))
         return out
 
+    def called(self, ids: Sequence[str]) -> dict[str, list[Passage]]:
+        """By each of these ids, the passage of that id or the pieces of that document, in their order."""
+        out: dict[str, list[Passage]] = {}
+        with self._engine.connect() as connection:
+            for part in _parts(ids):
+                for r in connection.execute(_named().where(names.c.id.in_(part) | names.c.document.in_(part))):
+                    for key in {r.id, r.document} & set(part):
+                        out.setdefault(key, []).append(Passage(r.id, r.title, r.text, document=r.document))
+        return out
+
     def close(self) -> None:
         """Releases every connection."""
         self._engine.dispose()

@@ -116,27 +116,28 @@ def packs(rows: Sequence[Encoded], limit: int = PACK_TOKENS) -> Iterator[Pack]:
     """The rows in as many forward passes as `limit` tokens ask for; a row that is longer than that goes alone."""
     left = sorted(rows, key=lambda row: row.length)
     while left:
-        prefix = _shared(left)
+        prefix = shared(left)
         take = 1
         while take < len(left) and prefix + (take + 1) * (left[take].length - 1 - prefix) <= limit:
             take += 1
         # shares of like size: sixteen rows that need two passes are eight and eight
         take = -(-len(left) // -(-len(left) // take))
-        yield _pack(left[:take])
+        yield lay_out(left[:take])
         left = left[take:]
 
 
-def _shared(rows: Sequence[Encoded]) -> int:
+def shared(rows: Sequence[Encoded]) -> int:
     """How many tokens all prompts begin with; the last one stays each row's own, because it predicts the answer."""
     low, high = min(row.prompt for row in rows), max(row.prompt for row in rows)  # what these share, all share
     limit = min(len(row.prompt) for row in rows) - 1
     return next((n for n in range(limit) if low[n] != high[n]), limit)
 
 
-def _pack(rows: Sequence[Encoded]) -> Pack:
+def lay_out(rows: Sequence[Encoded]) -> Pack:
+    """One pass over all the rows, in their order; `owners` are their places in it."""
     import torch
 
-    prefix = _shared(rows)
+    prefix = shared(rows)
     width = max(row.length for row in rows) - 1 - prefix
     ids = list(rows[0].prompt[:prefix])
     keep: list[int] = []

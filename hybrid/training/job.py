@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hybrid.knowledge.embed import Embedder
 from hybrid.models import ModelFiles
+from hybrid.settings import Settings
 from hybrid.training.data import Dataset
 from hybrid.training.loop import Watch
 from hybrid.training.recipes import Recipe
@@ -18,7 +19,9 @@ from hybrid.training.recipes import Recipe
 class Job:
     """One run: what to learn from, how, from which base model, and who watches.
 
-    `embedder` is the one of the retriever, for methods that learn on its features.
+    `embedder` is the one of the retriever, for methods that learn on its features. `name` is the adapter's, `sources`
+    where the data came from; `folder` is the run's own, kept until the run ends well; `start` the version folder of the
+    adapter to start from, if one was named.
     """
 
     data: Dataset
@@ -26,6 +29,11 @@ class Job:
     model: ModelFiles
     watch: Watch
     embedder: Embedder
+    settings: Settings = field(default_factory=Settings.load)
+    name: str = ""
+    sources: Sequence[Path] = ()
+    folder: Path | None = None
+    start: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
