@@ -62,7 +62,7 @@ class Checkpoints:
             with publish(target) as staging:
                 _write(staging, tensors, state)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
                 raise
             raise SetupError(
                 f"The checkpoint of step {step} cannot be written ({error.strerror}): free space in {self._folder}, "

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 CLIP = 1.0
 #: dev rows measured while training; the final numbers come from all of them
 DEV_GLANCE = 200
-#: seconds between checkpoints at least, and how many times its own duration a save must wait
-CHECKPOINT_S, CHECKPOINT_SHARE = 30.0, 20.0
+#: how many times its own duration a save waits for the next one
+SAVE_SHARE = 20.0
 
 
 class Progress(Protocol):
@@ -47,12 +47,16 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """Everything around a run that is not mathematics: who is told, who may stop it, where it is kept."""
+    """Everything around a run that is not mathematics: who is told, who may stop it, where it is kept and how often.
+
+    `checkpoint_s` is the seconds between checkpoints at least; 0 saves after every step.
+    """
 
     progress: Progress
     control: Control = RUN
     checkpoints: Checkpoints = field(default_factory=lambda: Checkpoints(None))
     team: Team = field(default_factory=Team)
+    checkpoint_s: float = 30.0
 
 
 @dataclass(slots=True)
@@ -199,7 +203,8 @@ class _Run:
 
     def _keep(self, step: int) -> None:
         """Saves now and then: not so often that it shows in the throughput."""
-        due = time.monotonic() - self._saved > max(CHECKPOINT_S, CHECKPOINT_SHARE * self._save_took)
+        wait = self._watch.checkpoint_s and max(self._watch.checkpoint_s, SAVE_SHARE * self._save_took)
+        due = time.monotonic() - self._saved >= wait
         if step < self._steps and self._watch.checkpoints.kept and self._watch.team.agree(due):
             self._save(step)
 
