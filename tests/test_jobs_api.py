@@ -127,7 +127,7 @@ async def test_a_job_is_paused_resumed_and_cancelled_and_leaves_no_process(serve
     assert len(steps) == len(set(steps)), "a step that was done again is told once"
     cancelled = await jobs.cancel(job.id)
     assert cancelled.status == "cancelled"
-    assert not trainers(job.id)
+    await until(lambda: not trainers(job.id), 10)
     assert (await jobs.cancel(job.id)).status == "cancelled"
     with pytest.raises(openai.ConflictError, match="cannot be resumed"):
         await jobs.resume(job.id)

@@ -26,7 +26,7 @@ from hybrid.settings import Settings
 from hybrid.state import State
 from hybrid.training.control import Wanted
 from hybrid.training.files import Files
-from hybrid.training.jobs import ENDED, JobBook
+from hybrid.training.jobs import JobBook
 from hybrid.types import JSON
 
 log = logging.getLogger("hybrid.lifecycle")
@@ -187,9 +187,8 @@ class Runner:
         """Runs `hybrid jobs VERB ID`: words of ours and an id of ours, no shell between."""
 
         async def wanted() -> Wanted:
-            job = await self._job(job_id)
-            wish: Wanted = job["wanted"]
-            return "run" if job["status"] in ENDED else wish
+            wish: Wanted = (await self._job(job_id))["wanted"]
+            return wish
 
         return await run_child(
             ["jobs", verb, job_id], settings=self._settings, log=self._log(job_id), busy=self._busy, wanted=wanted
