@@ -41,11 +41,12 @@ def serve_with(card: Mapping[str, Any], path: Path) -> str:
 
 
 def weights_of(card: Mapping[str, Any]) -> str:
-    """The name of the file that the card's hash is of. Raises Refused unless it is a plain name."""
+    """The file that the card's hash is of, relative to the folder. Raises Refused unless it stays inside."""
     name = card.get("weights", WEIGHTS) if kind_of(card) != LORA else WEIGHTS
-    if not isinstance(name, str) or not name or name in (".", "..") or Path(name).name != name:
+    parts = Path(name).parts if isinstance(name, str) else ()
+    if not parts or ".." in parts or Path(name).is_absolute() or str(Path(name)) != name:
         raise Refused(f"the card's weights are {str(name)[:80]!r}; name a file of the folder itself.")
-    return name
+    return str(name)
 
 
 def check_other(folder: Path, card: Mapping[str, Any], base: BaseFacts) -> None:
@@ -77,5 +78,5 @@ def _check_tensors(folder: Path, name: str) -> None:
     """Every safetensors file is whole, and the named one is one of them and holds numbers only."""
     if not name.endswith(".safetensors"):
         raise Refused(f"{name!r} is no safetensors file; save the weights as safetensors.")
-    headers = {file.name: read_header(file) for file in sorted(folder.glob("*.safetensors"))}
+    headers = {str(file.relative_to(folder)): read_header(file) for file in sorted(folder.rglob("*.safetensors"))}
     check_finite(folder / name, headers[name])

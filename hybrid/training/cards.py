@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -36,15 +36,17 @@ def artefact_card(job: Job, fitted: Fitted, more: Mapping[str, Any]) -> dict[str
 
 
 def hub_card(name: str, card: Mapping[str, Any]) -> str:
-    """The README of an adapter folder."""
+    """The README of a version's folder."""
+    what, library, relation = _KINDS[card["kind"]]
     metadata = {
-        "library_name": "peft",
+        **({"library_name": library} if library else {}),
         "base_model": card["base"],
+        **({"base_model_relation": relation} if relation else {}),
         "pipeline_tag": "text-generation",
-        "tags": ["lora", "hybrid"],
+        "tags": [card["kind"], card["method"], "hybrid"],
         **({"license_name": card["license"], "license": "other"} if card["license"] else {}),
     }
-    metrics, data, recipe = card["metrics"], card["data"], card["recipe"]
+    serve = f"{card['serve_with']}." if card.get("serve_with") else f"a server of `hybrid` loads it as `{name}`."
     lines = [
         "---",
         yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip(),
@@ -52,20 +54,47 @@ def hub_card(name: str, card: Mapping[str, Any]) -> str:
         "",
         f"# {name}",
         "",
-        f"An adapter of `{card['base']}` (weights {card['base_sha256'][:12]}) for the task `{card['task']}`, "
-        f"trained with `{card['method']}`.",
+        f"{what} `{card['base']}` (weights {card['base_sha256'][:12]}) for the task `{card['task']}`, "
+        f"made with the method `{card['method']}`.",
+        "",
+        f"**To serve it:** {serve}",
         "",
         "| | |",
         "|---|---|",
-        f"| rows | {metrics['train_rows']} trained on, {metrics['dev_rows']} measured on |",
-        f"| left out | {data['duplicates']} duplicates, {data['leaked']} also in dev or test, {data['bad']} unusable |",
-        f"| dev loss | {metrics['dev_loss']} nats a token |",
-        f"| compute | {metrics['steps']} steps, {metrics['tokens']} tokens, {metrics['seconds']} s |",
-        f"| rank, alpha | {recipe['rank']}, {recipe['alpha']:g} |",
-        f"| learning rate | {recipe['learning_rate']:g} |",
+        *(f"| {label} | {said} |" for label, said in _facts(card) if said),
         "",
+        *(["![Training and dev loss over the steps](curve.png)", ""] if card["curve"] else []),
         "Meant for requests like those of its task, asked with the same instruction. Elsewhere it may be worse than "
         "its base; the gate of `hybrid` routes by the nearness of a request to its training messages.",
         "",
     ]
     return "\n".join(lines)
+
+
+#: kind → (what it is, the library that opens it, its relation to the base as the hub says it)
+_KINDS: Mapping[str, tuple[str, str, str]] = {
+    "lora": ("A LoRA adapter of", "peft", "adapter"),
+    "peft": ("An adapter, and no LoRA, of", "peft", "adapter"),
+    "weights": ("All the weights, fine-tuned, of", "transformers", "finetune"),
+    "head": ("A linear head beside", "", ""),
+    "prompt": ("A way of asking", "", ""),
+}
+
+
+def _facts(card: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The rows of the README's table; an empty one says nothing of this method."""
+    metrics, data, recipe = card["metrics"], card["data"], card["recipe"]
+    trained = metrics.get("train_rows", 0)
+    yield "rows", f"{trained} trained on, {metrics.get('dev_rows', 0)} measured on"
+    yield "left out", f"{data['duplicates']} duplicates, {data['leaked']} also in dev or test, {data['bad']} unusable"
+    yield "dev loss", f"{metrics['dev_loss']} nats a token" if "dev_loss" in metrics else ""
+    yield "over-fitting", f"dev loss above training loss by {metrics['gap']}" if "gap" in metrics else ""
+    yield "trained parameters", f"{metrics['trained_parameters']:,}" if metrics.get("trained_parameters") else ""
+    steps = (
+        f"{metrics['steps']} steps, {metrics['tokens']} tokens, " if "steps" in metrics and "tokens" in metrics else ""
+    )
+    yield "compute", f"{steps}{metrics['seconds']} s" if "seconds" in metrics else ""
+    yield "rank, alpha", f"{recipe['rank']}, {recipe['alpha']:g}" if card["kind"] == "lora" else ""
+    yield "learning rate", f"{recipe['learning_rate']:g}" if steps else ""
+    yield "data", f"training rows {data['train_sha256'][:12]}, dev rows {metrics['dev_sha256'][:12]}"
+    yield "source", " ".join(str(card["source"]).split())

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 #: the model stands in a folder of its own: engines read every weight file beside the one they are after
 FOLDER, WEIGHTS = "model", "model.safetensors"
-SERVE = f"Served by an engine of its own: HYBRID_MODEL=FOLDER/{FOLDER} hybrid serve, FOLDER being this version's."
+SERVE = f"serve it by an engine of its own: HYBRID_MODEL=FOLDER/{FOLDER} hybrid serve, FOLDER being this version's"
 
 
 def fit(job: Job) -> Fitted:

@@ -54,16 +54,16 @@ METHODS: Mapping[str, Row] = {
     ),
     "lora_plus": Row(
         lora.fit_plus, "parameter-efficient", "lora", _ENGINE,
-        "as `lora`", "few steps: B moves at once; watch the dev loss, it diverges sooner",
+        "as `lora`", "few steps: B, which starts at zero, moves at once; lower `learning_rate` if it diverges",
     ),
     "dora": Row(
         dora.fit, "parameter-efficient", "lora or peft", f"{_ENGINE}, where it is a LoRA exactly; else {_MERGED}",
-        "two to three times `lora`: a norm of every adapted weight at each step", "low ranks, where LoRA stays behind "
+        "slower than `lora`: the norms of every adapted weight at each step", "low ranks, where LoRA stays behind "
         "full fine-tuning and a merged model is welcome",
     ),
     "qlora": Row(
         qlora.fit, "parameter-efficient", "lora", _ENGINE,
-        "a quarter of the memory for the base, slower steps; far slower on a CPU",
+        "a quarter of the memory for the base; slower steps, above all on a CPU",
         "the base does not fit the device otherwise",
     ),
     "ia3": Row(

@@ -9,14 +9,14 @@ from hybrid.adapters.preflight import WEIGHTS
 
 #: how an adapter that is no LoRA but can be merged is served
 MERGE = (
-    "Merge it into its base, then serve that by an engine of its own: "
+    "merge it into its base and serve that by an engine of its own: "
     "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER).merge_and_unload()"
-    ".save_pretrained(OUT), copy the base's tokenizer files to OUT, HYBRID_MODEL=OUT hybrid serve."
+    ".save_pretrained(OUT), the base's tokenizer files copied to OUT, then HYBRID_MODEL=OUT hybrid serve"
 )
 #: how an adapter that nothing merges is used
 IN_PROCESS = (
-    "vLLM has no place for it: use it in a process of your own, "
-    "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER).generate(…)."
+    "vLLM has no place for it; use it in a process of your own, "
+    "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER).generate(…)"
 )
 
 

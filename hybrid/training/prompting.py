@@ -33,7 +33,7 @@ Score = Callable[[Sequence[Example]], Measured]
 
 def fit_zero_shot(job: Job) -> Fitted:
     """Measures the base model with the task's own instruction. Raises DataError where no row fits."""
-    return _measured(job, job.data.dev, {"method": "zero_shot"}, "Nothing was trained: ask the model `base`.")
+    return _measured(job, job.data.dev, {"method": "zero_shot"}, "nothing was trained; ask the model `base`")
 
 
 def fit_few_shot(job: Job) -> Fitted:
@@ -50,8 +50,8 @@ def fit_few_shot(job: Job) -> Fitted:
         turns = few_shot_messages((found.question, found.answer) for found in nearest)
         shown.append(replace(example, messages=before_last_user(example.messages, turns)))
     how = (
-        "Ask the model `few_shot:NAME`, NAME being this adapter's: its examples stand in examples.jsonl. "
-        f"`gate.few_shot_k` says how many are shown; measured with {shots}."
+        "ask the model `few_shot:NAME`, NAME being this adapter's: its examples stand in examples.jsonl. "
+        f"`gate.few_shot_k` says how many are shown; measured with {shots}"
     )
     return _measured(job, shown, {"method": "few_shot", "shots": shots}, how)
 
@@ -87,7 +87,7 @@ def fit_search(job: Job) -> Fitted:
         "dev_loss": round(after.loss, 5),
     }
     metrics = {**_numbers(after, len(judge), began), "dev_loss_before": prompt["dev_loss_before"]}
-    how = "Put the instruction of prompt.json, and a blank line, before your input, and ask the model `base`."
+    how = "put the instruction of prompt.json, and a blank line, before your input, and ask the model `base`"
     return _prompt(prompt, metrics, how)
 
 
