@@ -21,7 +21,7 @@ def make_trainable_home(home: Path, **server: object) -> Settings:
     """As `make_home`, over the tiny model."""
     settings = make_home(home, server=server)
     make_tiny_model(home / "tiny")
-    training = settings.training.model_copy(update={"checkpoint_s": 0.0})
+    training = settings.training.model_copy(update={"checkpoint_s": 0.2})
     return settings.model_copy(update={"model": str(home / "tiny"), "training": training})
 
 

@@ -20,12 +20,12 @@ from hybrid.lifecycle.child import HOLD_S, IDLE_S, WORK_S, GiveWay
 from hybrid.state import SCHEMA, State
 from hybrid.training.jobs import JobBook
 
-STEPS = 400
+STEPS = 150
 
 
 def test_D8_a_killed_gateway_leaves_no_trainer_and_its_job_ends_once(tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "tiny")
-    (tmp_path / "hybrid.toml").write_text(f'model = "{tmp_path / "tiny"}"\n[training]\ncheckpoint_s = 0\n')
+    (tmp_path / "hybrid.toml").write_text(f'model = "{tmp_path / "tiny"}"\n[training]\ncheckpoint_s = 0.2\n')
     flags = ("--engine", "scripted", "--no-quickstart", "--no-ui")
     served = start_server(tmp_path, *flags)
     client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none")
