@@ -6,11 +6,14 @@ A home (`HYBRID_HOME`, default the working directory) holds `adapters/`, `index/
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +24,8 @@ from typing import Any
 from hybrid.errors import Refused
 
 CARD = "card.json"
+#: seconds before a staging folder that nobody holds counts as left by a process that was killed
+ABANDONED_S = 60.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 #: words that mean something else as a `model`, and so cannot name an artefact
 RESERVED = frozenset(
@@ -165,6 +170,7 @@ def publish(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.parent / f".staging-{uuid.uuid4().hex[:12]}"
     staging.mkdir()
+    held = _hold(staging)
     try:
         yield staging
         fsync_tree(staging)
@@ -174,3 +180,31 @@ def publish(target: Path) -> Iterator[Path]:
         fsync_path(target.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def sweep(room: Path) -> None:
+    """Removes the staging folders below `room/*/` that a process left when it was killed; those in use stay."""
+    for staging in room.glob("*/.staging-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - staging.lstat().st_mtime < ABANDONED_S:
+                continue
+            held = _hold(staging)
+            if held is not None:
+                shutil.rmtree(staging, ignore_errors=True)
+                os.close(held)
+
+
+def _hold(folder: Path) -> int | None:
+    """A lock on a folder, for as long as the descriptor is open and the process lives; None where there is none."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd

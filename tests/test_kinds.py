@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import numpy as np
 import pytest
 from adapters_kit import filling, make_base
 from conftest import hybrid
 from safetensors.numpy import save_file
-from server_kit import chat, make_home, running, until
+from server_kit import TOKEN, chat, make_home, running, until
+from sqlalchemy import select
 
 from hybrid.adapters.heads import Head
+from hybrid.adapters.hotload import HotLoader
 from hybrid.adapters.preflight import BaseFacts
 from hybrid.adapters.store import AdapterStore
+from hybrid.engine.vllm import VllmEngine
 from hybrid.errors import Conflict, ModelNotFound, Refused
 from hybrid.rooms import Home
-from hybrid.state import State
+from hybrid.settings import EngineSettings
+from hybrid.state import State, audit
+from hybrid.types import Message
 
 
 @pytest.fixture
@@ -196,4 +207,167 @@ def test_the_command_line_shows_kinds(tmp_path):
     store.publish("bank", other())
     state.close()
     assert "bank@1  head  staged" in hybrid(tmp_path, "adapters", "list").stdout
-    assert json.loads(hybrid(tmp_path, "adapters", "show", "bank@1", "--json").stdout)["kind"] == "head"
+
+
+# --- the life of names -----------------------------------------------------------------------------------------------
+
+
+async def pieces_of(stream: Any) -> list[str]:
+    return [
+        chunk.choices[0].delta.content async for chunk in stream if chunk.choices and chunk.choices[0].delta.content
+    ]
+
+
+async def test_A5_A6_a_new_version_answers_at_once_and_the_old_ones_streams_end_on_it(tmp_path):
+    async with running(make_home(tmp_path)) as server, server.client() as client:
+        store, facts = server.gateway.store, server.gateway.loader._base
+        store.publish("bank", filling(facts))
+        await until(lambda: store.alias("bank") == 1)
+        said = [{"role": "user", "content": "@delay 60ms\nhello"}]
+        long = {"stream": True, "max_tokens": 100, "extra_body": {"ignore_eos": True}}
+        old = [await client.chat.completions.create(model="bank", messages=said, **long) for _ in range(5)]
+        store.publish("bank", filling(facts, seed=2))
+        await until(lambda: store.alias("bank") == 2)
+        short = [{"role": "user", "content": "hello"}]
+        answer = await client.chat.completions.with_raw_response.create(model="bank", messages=short)
+        assert "bank@2" in answer.parse().choices[0].message.content
+        assert answer.headers["x-hybrid-selected-version"] == "2"
+        code, _, _ = await server.post(
+            "/v1/unload_lora_adapter", {"lora_name": "bank@1"}, authorization=f"Bearer {TOKEN}"
+        )
+        assert code == 200
+        code, said_, _ = await server.post("/v1/chat/completions", chat("hello", model="bank@1"))
+        assert (code, said_["error"]["code"]) == (404, "model_not_found")
+        assert server.inflight == 5  # the old streams go on
+        answers = await asyncio.gather(*(pieces_of(stream) for stream in old))
+        assert all("bank@1" in "".join(pieces) and "bank@2" not in "".join(pieces) for pieces in answers)
+        assert {len(pieces) for pieces in answers} == {100}
+        name = store.resolve("bank@1").ref.engine_name
+        await until(lambda: _unloaded(server, name))
+        assert (store.resolve("bank@1").ref.path / "adapter_model.safetensors").exists()
+
+
+async def _unloaded(server: Any, name: str) -> bool:
+    return name not in await server.gateway.engine.loaded()
+
+
+async def test_A13_a_slow_load_is_one_load_and_holds_nobody_up(tmp_path, store, base):
+    socket = tmp_path / "e.sock"
+    server = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "hybrid.engine.scripted", "--uds", str(socket), "--load-delay", "3"
+    )
+    engine = VllmEngine(f"unix:{socket}", EngineSettings(), "scripted")
+    try:
+        await until(socket.exists)
+        await engine.probe(30.0)
+        loader = HotLoader(store, engine, base, 32, _nobody)
+        store.publish("bank", filling(base))
+        loads = [asyncio.create_task(loader.load_now("bank@1")) for _ in range(2)]
+        answers = 0
+        while not loads[0].done():
+            assert [token async for token in engine.generate([Message("user", "hello")], stream=False)]
+            answers += 1
+        assert answers > 3
+        assert {(await load).state for load in loads} == {"live"}
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(socket))) as session,
+            session.get("http://engine/scripted/log") as answer,
+        ):
+            assert (await answer.json())["loads"] == 1
+    finally:
+        await engine.close()
+        server.kill()
+        await server.wait()
+
+
+async def _nobody() -> None:
+    """No gate is told."""
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from sqlalchemy import Engine, event
+from hybrid.adapters.store import AdapterStore
+from hybrid.rooms import Home
+from hybrid.settings import EngineSettings
+from hybrid.state import State, audit
+from hybrid.types import Message
+
+home, last = Home(Path(sys.argv[1])), int(sys.argv[2])
+
+def promote(at):
+    state = State(home.database)
+    store = AdapterStore(home, state)
+    done = 0
+    def count(*_):
+        nonlocal done
+        done += 1
+        if done == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+    for moment in ("before_cursor_execute", "after_cursor_execute", "commit"):
+        event.listen(Engine, moment, count)
+    store.promote("bank", 3 - (store.alias("bank") or 2))
+
+for at in range(1, last):
+    if not (child := os.fork()):
+        promote(at)
+        os._exit(0)
+    print(json.dumps([at, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])]), flush=True)
+"""
+
+
+def test_D9_a_kill_during_promote_leaves_the_alias_old_or_new(tmp_path, store, base):
+    """Killed before and after every statement and before the commit: alias, states and audit always agree."""
+    for seed in (1, 2):
+        store.publish("bank", filling(base, seed=seed))
+        store.mark(f"bank@{seed}", "candidate")
+    store.promote("bank", 1)
+    script = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path / "home"), "40"], stdout=subprocess.PIPE, text=True
+    )
+    ends = [json.loads(line)[1] for line in script.stdout]
+    assert script.wait() == 0
+    store.refresh()
+    state = State(tmp_path / "home" / ".hybrid" / "state.db")
+    with state.transaction() as connection:
+        moves = list(connection.scalars(select(audit.c.detail).where(audit.c.what == "promote")))
+    state.close()
+    assert ends.count(-9) >= 8
+    assert ends[-1] == 0  # beyond the last statement nothing is killed
+    assert store.revision("bank") == len(moves)
+    assert store.alias("bank") == moves[-1]["version"]
+    assert [m["previous"] for m in moves[1:]] == [m["version"] for m in moves[:-1]]
+    assert [v.version for v in store.versions("bank") if v.state == "live"] == [store.alias("bank")]
+
+
+ABANDONED = """
+import os, signal, sys
+from pathlib import Path
+from hybrid.rooms import publish
+
+with publish(Path(sys.argv[1])):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_publication_left_is_swept_and_one_under_way_is_not(tmp_path, store, base):
+    room = tmp_path / "home" / "adapters" / "bank"
+    subprocess.run([sys.executable, "-c", ABANDONED, str(room / "9")], check=False)
+    (left,) = room.glob(".staging-*")
+    reopened = State(tmp_path / "home" / ".hybrid" / "state.db")
+    long_ago = time.time() - 7200
+
+    def fill(staging: Path) -> dict[str, Any]:
+        card = filling(base)(staging)
+        for folder in (left, staging):
+            os.utime(folder, (long_ago, long_ago))
+        AdapterStore(Home(tmp_path / "home"), reopened)
+        assert not left.exists()
+        assert staging.exists()
+        return card
+
+    AdapterStore(Home(tmp_path / "home"), reopened)
+    assert left.exists()  # too young to tell
+    assert store.publish("bank", fill).id == "bank@1"
+    reopened.close()

@@ -34,7 +34,7 @@ from hybrid.adapters.listing import (
 from hybrid.adapters.preflight import check_files
 from hybrid.engine import AdapterRef
 from hybrid.errors import Conflict, ModelNotFound, Refused
-from hybrid.rooms import CARD, Home, check_name, publish, sha256_file, write_json
+from hybrid.rooms import CARD, Home, check_name, publish, sha256_file, sweep, write_json
 from hybrid.state import State, aliases, audit, versions
 
 #: the number is taken, the folder is not there yet
@@ -54,6 +54,7 @@ class AdapterStore:
         self._base = base_sha256
         self._listing = Listing()
         self._refreshing = threading.Lock()
+        sweep(self._room)
         self.refresh()
 
     # --- reading ---------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The scripted engine: a server that speaks vLLM's HTTP dialect and needs no model.
 
     python -m hybrid.engine.scripted --uds PATH [--model NAME] [--max-model-len N] [--max-lora-rank R]
-                                     [--start-delay S] [--crash-if FILE]
+                                     [--start-delay S] [--load-delay S] [--crash-if FILE]
 
 Fast tests and fault injection run on it; `hybrid serve --engine scripted` shows the whole product without a model.
 Answers are deterministic: a sentence made of the question, or, with an adapter whose folder holds `examples.jsonl`,
@@ -61,10 +61,11 @@ class Log:
 class Server:
     """The state of one scripted engine, and its routes."""
 
-    def __init__(self, model: str, max_model_len: int, max_lora_rank: int) -> None:
+    def __init__(self, model: str, max_model_len: int, max_lora_rank: int, load_delay: float = 0.0) -> None:
         self.model = model
         self.max_model_len = max_model_len
         self.max_lora_rank = max_lora_rank
+        self.load_delay = load_delay
         self.adapters: dict[str, Adapter] = {}
         self.log = Log()
         self.awake = asyncio.Event()
@@ -116,6 +117,7 @@ class Server:
         body = await request.json()
         name, path = body.get("lora_name"), body.get("lora_path")
         self.log.loads += 1
+        await asyncio.sleep(self.load_delay)
         if not name or not path:
             return _error(400, "Both 'lora_name' and 'lora_path' must be provided.", "InvalidUserInput")
         if name in self.adapters:
@@ -303,12 +305,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--max-lora-rank", type=int, default=32)
     parser.add_argument("--start-delay", type=float, default=0.0)
+    parser.add_argument("--load-delay", type=float, default=0.0)
     parser.add_argument("--crash-if", type=Path)
     args = parser.parse_args(argv)
     if args.crash_if and args.crash_if.exists():
         sys.exit(args.crash_if.read_text(encoding="utf-8").strip() or "told to crash")
     time.sleep(args.start_delay)
-    server = Server(args.model, args.max_model_len, args.max_lora_rank)
+    server = Server(args.model, args.max_model_len, args.max_lora_rank, args.load_delay)
     uvicorn.run(server.app(), uds=args.uds, log_level="warning", access_log=False, timeout_keep_alive=5)
 
 
