@@ -14,9 +14,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from hybrid.errors import BadRequest, EngineError, HybridError
+from hybrid.errors import BadRequest, EngineError
 from hybrid.models import materialise
 from hybrid.training import lora
 from hybrid.training.base import forward_of, load_base

@@ -18,8 +18,8 @@ from hybrid.training.batches import PACK_TOKENS, Encoded, Pack, end_of_turn, lay
 from hybrid.training.data import DEV_LIMIT, digest
 from hybrid.training.formats import Pair
 from hybrid.training.job import Fitted, Job
-from hybrid.training.lora import adapted, canary_text, save_adapter
 from hybrid.training.loop import Group, optimise
+from hybrid.training.lora import adapted, canary_text, save_adapter
 from hybrid.training.objective import Forward
 from hybrid.training.start import take_up
 from hybrid.training.supervised import run_metrics

@@ -17,8 +17,8 @@ from hybrid.training.batches import Encoded
 from hybrid.training.data import DEV_LIMIT
 from hybrid.training.formats import Text
 from hybrid.training.job import Fitted, Job
-from hybrid.training.lora import adapted, save_adapter
 from hybrid.training.loop import Group
+from hybrid.training.lora import adapted, save_adapter
 from hybrid.training.start import take_up
 from hybrid.training.supervised import Learner, fit_answers
 

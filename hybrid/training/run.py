@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from hybrid.training.data import DEV_LIMIT, Dataset, read_dataset
 from hybrid.training.job import Fitted, Job
 from hybrid.training.loop import Progress, Watch
 from hybrid.training.methods import find_method
+from hybrid.training.mixture import assemble
 from hybrid.training.plots import draw_curve
 from hybrid.training.recipes import RECIPE_FILE, load_recipe
 from hybrid.training.team import join_team
@@ -45,7 +46,7 @@ class TrainResult:
 
 
 def train(
-    source: Path,
+    source: Path | Sequence[Path],
     *,
     settings: Settings,
     name: str | None,
@@ -60,6 +61,8 @@ def train(
 ) -> TrainResult | None:
     """Trains on a task folder or data file and publishes the next version of `name` (default: the data's own name).
 
+    Several sources are one mixture of tasks, named after them all.
+
     The recipe is `adapters/<name>/recipe.toml` changed by `overrides`. Nothing is published unless all of it worked.
     A run that was killed or paused goes on from its newest checkpoint when called again alike, unless `fresh`.
     `facts` are added to the card. In a team of processes only the first publishes; the others return None.
@@ -68,17 +71,23 @@ def train(
     """
     progress(phase="validating")
     adapter = check_name(name) if name else None
-    data = read_dataset(source)
-    adapter = adapter or check_name(re.sub(r"[^A-Za-z0-9._-]+", "-", data.name))
+    sources = [source] if isinstance(source, Path) else list(source)
+    found = [read_dataset(folder) for folder in sources]
+    adapter = adapter or check_name(re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(data.name for data in found)))
     recipe = load_recipe(settings.rooms.adapters / adapter / RECIPE_FILE, overrides)
+    parent = store.resolve(recipe.init_from) if recipe.init_from else None
+    if parent:  # the alias may move before the run ends
+        recipe = recipe.model_copy(update={"init_from": parent.id})
     method = find_method(recipe.method)
+    data = assemble(found, recipe)
     _tell(data)
     team = join_team()
     with workspace(settings.rooms, adapter, data, recipe, model, team=team, fresh=fresh) as folder:
         with told_to_tensorboard(progress, settings.rooms.hidden / "tensorboard" / folder.name) as told:
             progress(phase="loading")
             watch = Watch(told if team.leads else _silence, control, Checkpoints(folder / "checkpoints"), team)
-            job = Job(data, recipe, model, watch, embedder)
+            start = parent.ref.path if parent else None
+            job = Job(data, recipe, model, watch, embedder, settings, adapter, sources, folder, start)
             fitted = method(job)
         if not team.leads:
             return None
@@ -89,8 +98,9 @@ def train(
 def _publish(adapter: str, job: Job, fitted: Fitted, store: AdapterStore, facts: Mapping[str, Any]) -> TrainResult:
     def fill(folder: Path) -> dict[str, Any]:
         card = {**artefact_card(job, fitted, fitted.save(folder)), **facts}
-        _shelf(adapter, job.data, job.embedder).write(folder)
-        _write_dev(job.data, folder / "dev.jsonl")
+        if job.data.train:  # plain texts ask nothing
+            _shelf(adapter, job.data, job.embedder).write(folder)
+            _write_dev(job.data, folder / "dev.jsonl")
         if fitted.curve:
             draw_curve(fitted.curve, fitted.metrics["best_step"], folder / "curve.png")
         (folder / "README.md").write_text(hub_card(adapter, card), encoding="utf-8")
