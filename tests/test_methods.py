@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -189,6 +190,12 @@ def test_a_dora_that_is_a_lora_is_published_as_one(publish: Any, tiny: ModelFile
     assert version.card["metrics"]["dev_loss"] == pytest.approx(loss_of(reopened(version, tiny), tiny, task), rel=1e-3)
 
 
+def test_qlora_without_its_library_says_what_to_use(publish: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)  # as where it is not installed
+    with pytest.raises(BadRequest, match=r"cannot hold weights in four bits .* use --method lora"):
+        publish("qlora")
+
+
 def test_a_fine_tuned_model_is_one_that_the_next_server_opens(publish: Any, tmp_path: Path) -> None:
     _, version = publish("full", max_steps=1, precision="bfloat16")
     folder = version.ref.path / "model"
@@ -243,7 +250,7 @@ def test_prompting_is_measured_like_the_rest(method: str, publish: Any, untraine
     assert card["serve_with"] in (version.ref.path / "README.md").read_text()
 
 
-def test_the_best_instruction_is_chosen_on_one_half_and_judged_on_the_other(publish: Any) -> None:
+def test_the_best_instruction_is_chosen_on_one_half_and_judged_on_the_other(publish: Any, task: Path) -> None:
     _, version = publish("prompt_search", candidates=["Which of the bank's intents is it?"])
     prompt = json.loads((version.ref.path / "prompt.json").read_text())
     losses = [tried["loss"] for tried in prompt["scores"]]
@@ -251,6 +258,7 @@ def test_the_best_instruction_is_chosen_on_one_half_and_judged_on_the_other(publ
     assert losses == sorted(losses)
     assert prompt["instruction"] == tried[0]
     assert {"Name the intent.", "", "Which of the bank's intents is it?"} <= set(tried)
+    assert version.card["metrics"]["dev_sha256"] != read_dataset(task).dev_sha256
     assert prompt["chosen_on"] == prompt["judged_on"] == version.card["metrics"]["dev_rows"] == 4
 
 

@@ -17,7 +17,7 @@ from hybrid.rooms import write_json
 from hybrid.training.base import forward_of, load_base, stops
 from hybrid.training.batches import encode, end_of_turn
 from hybrid.training.control import Stopped
-from hybrid.training.data import DEV_LIMIT
+from hybrid.training.data import DEV_LIMIT, digest
 from hybrid.training.formats import Example
 from hybrid.training.job import Fitted, Job
 from hybrid.training.objective import Measured, measure
@@ -86,7 +86,11 @@ def fit_search(job: Job) -> Fitted:
         "dev_loss_before": round(before.loss, 5),
         "dev_loss": round(after.loss, 5),
     }
-    metrics = {**_numbers(after, len(judge), began), "dev_loss_before": prompt["dev_loss_before"]}
+    metrics = {
+        **_numbers(after, len(judge), began),
+        "dev_loss_before": prompt["dev_loss_before"],
+        "dev_sha256": digest(judge),  # half of dev: its loss compares with no other method's
+    }
     how = "put the instruction of prompt.json, and a blank line, before your input, and ask the model `base`"
     return _prompt(prompt, metrics, how)
 

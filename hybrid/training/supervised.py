@@ -13,7 +13,7 @@ from hybrid.training.batches import Encoded, Pack, packs
 from hybrid.training.elsewhere import measured_elsewhere
 from hybrid.training.job import Fitted, Job
 from hybrid.training.loop import Group, Report, optimise
-from hybrid.training.objective import Forward, NextToken, Objective, measure
+from hybrid.training.objective import Forward, Measured, NextToken, Objective, measure
 
 #: training rows measured at the end, for the gap between what was learned and what carries over
 GAP_ROWS = 200
@@ -49,21 +49,25 @@ def fit_answers(
     `forward` defaults to the model's own over packs, `objective` to the cross-entropy of the answers, as `cut` lays
     them out. What is measured is what is saved.
     """
-    forward = forward or forward_of(learner.model)
-    elsewhere = measured_elsewhere(job, learner.model, lambda rows: measure(forward, rows, cut))
-    report = optimise(objective or NextToken(forward, cut), learner.groups, train, dev, job.recipe, job.watch)
+    answers = forward or forward_of(learner.model)
+
+    def look(rows: Sequence[Encoded]) -> Measured:
+        return measure(answers, rows, cut)
+
+    elsewhere = measured_elsewhere(job, learner.model, look)
+    report = optimise(objective or NextToken(answers, cut), learner.groups, train, dev, job.recipe, job.watch)
     found = run_metrics(report, learner.groups, len(train))
     if learner.finish:
         learner = learner.finish()
-        forward = forward_of(learner.model)
+        answers = forward_of(learner.model)
     learner.model.eval()
-    final = measure(forward, dev, cut)
+    final = look(dev)
     metrics = {
         "dev_loss": round(final.loss, 5),
         "dev_token_accuracy": round(final.token_accuracy, 4),
         "dev_exact": round(final.exact, 4),
         "dev_rows": len(dev),
-        "gap": round(final.loss - measure(forward, train[:GAP_ROWS], cut).loss, 5),
+        "gap": round(final.loss - look(train[:GAP_ROWS]).loss, 5),
         **found,
         **elsewhere(),
     }
