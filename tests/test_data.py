@@ -175,6 +175,12 @@ def test_near_duplicates_are_left_out_and_named_unless_they_teach_something(tmp_
     assert len(data.train) == 42 - near
 
 
+def test_rows_from_a_template_are_no_near_duplicates(tmp_path: Path) -> None:
+    rows = [{"input": f"{ASKED} {ASKED} from {'abcdefghij'[n % 10] * 3}", "reference": "yes"} for n in range(10)]
+    data = read_dataset(write(tmp_path / "rows.jsonl", [*rows, *ROWS[:20]]))
+    assert (len(data.train) + len(data.dev), data.counts.near_duplicates, data.counts.leaked) == (30, 0, 0)
+
+
 def test_the_same_words_in_another_conversation_are_no_duplicate(tmp_path: Path) -> None:
     chats = [{"messages": turns(f"May I have {thing}?", "Are you sure?", "Yes, I am very sure about it!", "Fine.")}
              for thing in ("tea", "milk", "rum", "gin", "ale")]  # fmt: skip

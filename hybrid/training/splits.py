@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
 from hybrid.errors import DataError
-from hybrid.training.formats import Item
+from hybrid.training.formats import Example, Item
 
 GROUP = "group"
 #: answers are labels where each stands this often on average, and there are no more than so many
@@ -21,6 +21,8 @@ def is_closed(rows: Sequence[Item], labels: Sequence[str] = ()) -> bool:
     """Whether the answers are a closed list: one is given, or few answers come again and again."""
     if labels or not rows:
         return bool(labels)
+    if not isinstance(rows[0], Example):
+        return False
     distinct = len({row.reply for row in rows})
     return 1 < distinct <= min(_MOST_LABELS, len(rows) // _REPEATED)
 
