@@ -23,7 +23,7 @@ from hybrid.training.base import forward_of, load_base
 from hybrid.training.batches import Encoded, Pack, packs
 from hybrid.training.control import Stopped
 from hybrid.training.data import BAD_LIMIT
-from hybrid.training.endpoint import Endpoint
+from hybrid.training.endpoint import Endpoint, Said
 from hybrid.training.formats import Example
 from hybrid.training.job import Fitted, Job
 from hybrid.training.objective import Forward
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("hybrid.training")
 #: what the teacher said so far, in the run's own folder
 ANSWERS = "answers.jsonl"
+#: questions at a time: once too many have failed, the rest are not asked
+_AT_ONCE = 8
 
 
 def fit(job: Job) -> Fitted:
@@ -67,6 +69,8 @@ class _Class:
         self._job = job
         self._path = job.folder / ANSWERS if job.folder else None
         self._said = _kept(self._path)
+        self._failed = 0
+        self._room = asyncio.Semaphore(_AT_ONCE)
 
     async def ask(self) -> list[str]:
         """The teacher's answer to each training row, "" where it gave none."""
@@ -92,13 +96,23 @@ class _Class:
         key = hashlib.sha256(json.dumps(row.key, ensure_ascii=False).encode()).hexdigest()
         if key in self._said:
             return self._said[key]
-        said = await teacher.ask(row.messages, temperature=0, max_tokens=self._job.recipe.max_length)
+        async with self._room:
+            said = await self._heard(teacher, row)
         if said.text and self._path:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": key, "answer": said.text}, ensure_ascii=False) + "\n")
         if (wanted := self._job.watch.control.wanted()) != "run":
             raise Stopped(wanted, 0)
         return said.text
+
+    async def _heard(self, teacher: Endpoint, row: Example) -> Said:
+        if self._failed > BAD_LIMIT * len(self._job.data.train):
+            raise EngineError("it was not asked any more")
+        try:
+            return await teacher.ask(row.messages, temperature=0, max_tokens=self._job.recipe.max_length)
+        except EngineError:
+            self._failed += 1
+            raise
 
 
 def _kept(path: Path | None) -> dict[str, str]:
