@@ -33,7 +33,7 @@ METHODS: Mapping[str, Row] = {
         "one pass over dev", "first, always: what the others have to beat",
     ),
     "few_shot": Row(
-        prompting.fit_few_shot, "prompting", "prompt", "as `few_shot:NAME`",
+        prompting.fit_few_shot, "prompting", "prompt", "as `few_shot:TASK`, its folder in `eval/tasks/`",
         "one pass over dev; each request pays for its examples", "a handful to some hundred rows, or rows that change",
     ),
     "prompt_search": Row(

@@ -50,8 +50,8 @@ def fit_few_shot(job: Job) -> Fitted:
         turns = few_shot_messages((found.question, found.answer) for found in nearest)
         shown.append(replace(example, messages=before_last_user(example.messages, turns)))
     how = (
-        "ask the model `few_shot:NAME`, NAME being this adapter's: its examples stand in examples.jsonl. "
-        f"`gate.few_shot_k` says how many are shown; measured with {shots}"
+        "put the task folder into eval/tasks/NAME and ask the model `few_shot:NAME`; "
+        f"`gate.few_shot_k` says how many examples are shown, measured with {shots}"
     )
     return _measured(job, shown, {"method": "few_shot", "shots": shots}, how)
 
