@@ -26,8 +26,13 @@ def instructed(messages: Sequence[Message], instruction: str) -> tuple[Message, 
     """The conversation with a task's instruction before its last user message, unless it is somewhere in it already."""
     if not instruction or any(instruction in message.text for message in messages):
         return tuple(messages)
-    last = next((m for m in reversed(messages) if m.role == "user"), None)
-    return replace_last_user(messages, task_message(instruction, last.text)) if last else tuple(messages)
+    last = last_user(messages)
+    return replace_last_user(messages, task_message(instruction, last)) if last else tuple(messages)
+
+
+def last_user(messages: Sequence[Message]) -> str:
+    """The words of the last user message, or nothing."""
+    return next((message.text for message in reversed(messages) if message.role == "user"), "")
 
 
 def clean(text: str) -> str:

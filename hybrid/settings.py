@@ -6,6 +6,7 @@ A name that does not exist is an error that says so. The environment is read her
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tomllib
 from pathlib import Path
@@ -166,6 +167,8 @@ class Settings(BaseSettings):
 def offline_environment() -> None:
     """No hub, no telemetry: set before a heavy library is imported, here and in every child."""
     os.environ.update(OFFLINE)
+    # it looks for a kernel on a hub, and says on every import that it found none
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def share_cores() -> None:

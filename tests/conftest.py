@@ -59,15 +59,19 @@ def hybrid(home: Path, *args: str, timeout: float = 900) -> subprocess.Completed
     return done
 
 
+GIVEN = {"HYBRID_GATE__DEADLINE_MS": "5000", "HYBRID_TRAINING__MEASURE": "false"}
+
+
 def start_server(home: Path, *flags: str, timeout_s: float = 300) -> Served:
     """Starts `hybrid serve` in a home on a free port and waits until it is ready.
 
-    The gate is given time: tests ask what it decides, and a shared machine may be slow.
+    The gate is given time: tests ask what it decides, and a shared machine may be slow. Measuring in the background
+    would take the engine's time from them.
     """
     log = (home / "serve.log").open("wb")
     process = subprocess.Popen(
         [sys.executable, "-m", "hybrid.cli", "serve", "--port", "0", *flags],
-        env={**os.environ, "HYBRID_HOME": str(home), "NO_COLOR": "1", "HYBRID_GATE__DEADLINE_MS": "5000"},
+        env={**os.environ, "HYBRID_HOME": str(home), "NO_COLOR": "1", **GIVEN},
         cwd=home,
         stdout=log,
         stderr=log,

@@ -169,7 +169,9 @@ def test_startup_starts_stops_and_tells_when(served: Served, tmp_path: Path) -> 
     assert not list(tmp_path.iterdir()), "a benchmark writes nothing but its result"
 
 
-def test_train_compares_trainers_on_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A task that the tiny model learns at once; the commands train that model."""
     monkeypatch.setenv("HYBRID_MODEL", str(make_tiny_model(tmp_path / "tiny").path))
     task = make_task(tmp_path / "mine", [])
     for split, start, count in (("train", 0, 40), ("dev", 100, 6)):
@@ -179,9 +181,22 @@ def test_train_compares_trainers_on_the_same_rows(tmp_path: Path, monkeypatch: p
         )
         (task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (task / "test.jsonl").unlink()
+    return task
+
+
+def test_a_training_survives_being_killed(tmp_path: Path, mine: Path) -> None:
+    sets = ("--set", "batch_size=4", "--set", "rank=4", "--set", "epochs=4", "--set", "early_stop=false")
+    found = bench(tmp_path, "survive", str(mine), "--kills", "2", *sets)
+    assert [row["kill"] for row in found["rows"]] == [1, 2]
+    assert found["rows"][1]["killed_at_step"] > found["rows"][0]["killed_at_step"]
+    assert found["summary"]["killed"]["steps"] == found["summary"]["in_peace"]["steps"] == 40
+    assert all(goal["met"] for goal in found["goals"]), found
+
+
+def test_train_compares_trainers_on_the_same_rows(tmp_path: Path, mine: Path) -> None:
     sets = ("--set", "batch_size=4", "--set", "rank=4", "--set", "learning_rate=0.02")
     found = bench(
-        tmp_path, "train", str(task), "--tokens", "2000", "--rounds", "3", "--out", str(tmp_path / "out"), *sets
+        tmp_path, "train", str(mine), "--tokens", "2000", "--rounds", "3", "--out", str(tmp_path / "out"), *sets
     )
     written = json.loads((tmp_path / "out" / "train.json").read_text())
     assert {key: written[key] for key in found} == found

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import openai
@@ -48,8 +50,8 @@ def client(real_server: Served) -> openai.OpenAI:
 
 
 @pytest.fixture(scope="module")
-def home(real_server: Served, data: Path) -> Served:
-    """A home with a corpus and two adapters, all published while the server runs."""
+def home(real_server: Served, data: Path, client: openai.OpenAI) -> Served:
+    """A home with a corpus, two adapters and a head, all published while the server runs."""
     work = real_server.home / "slices"
     facts = work / "facts"
     facts.mkdir(parents=True)
@@ -60,17 +62,63 @@ def home(real_server: Served, data: Path) -> Served:
     write(facts / "corpus.jsonl", [p for p in corpus if p["id"] in gold] + rest)
     report = json.loads(real_server.hybrid("index", str(facts), "--name", "facts", "--json").stdout)
     assert report["passages"] > 0.9 * PASSAGES
-    for source, name in (("intent_banking77", "bank"), ("slots_snips", "voice")):
-        slice_task(data / source, work / name, ROWS, 60)
-        done = real_server.hybrid("train", str(work / name), "--name", name, "--set", "epochs=2", "--json")
-        last = json.loads(done.stdout.splitlines()[-1])
-        assert (last["adapter"], last["version"], last["promoted"]) == (name, 1, True)
+    slice_task(data / "intent_banking77", work / "bank", ROWS, 60)
+    done = real_server.hybrid("train", str(work / "bank"), "--name", "bank", "--set", "epochs=2", "--json")
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert (last["adapter"], last["version"], last["promoted"]) == ("bank", 1, True)
+    heads = real_server.hybrid("train", str(work / "bank"), "--name", "bank", "--method", "head", "--json")
+    assert json.loads(heads.stdout.splitlines()[-1])["version"] == 2
+    slice_task(data / "slots_snips", work / "voice", ROWS, 60)
+    fine_tune(client, work / "voice", "voice")
     return real_server
+
+
+def chat(folder: Path, split: str) -> bytes:
+    """A split of a task as OpenAI's chat rows."""
+    instruction = json.loads((folder / "task.json").read_text())["instruction"]
+    lines = [
+        {"messages": [
+            {"role": "user", "content": f"{instruction}\n\n{row['input']}"},
+            {"role": "assistant", "content": row["reference"]},
+        ]}
+        for row in rows(folder / f"{split}.jsonl")
+    ]  # fmt: skip
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+def fine_tune(client: openai.OpenAI, folder: Path, name: str) -> None:
+    """Started, watched, paused, resumed and used with nothing but the official client."""
+    jobs = client.fine_tuning.jobs
+    training, validation = (
+        client.files.create(file=(f"{split}.jsonl", chat(folder, split)), purpose="fine-tune").id
+        for split in ("train", "dev")
+    )
+    job = jobs.create(
+        model="base", training_file=training, validation_file=validation, suffix=name,
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
+    )  # fmt: skip
+    until(lambda: any(event.type == "metrics" for event in jobs.list_events(job.id)))
+    jobs.pause(job.id)
+    until(lambda: jobs.retrieve(job.id).status == "paused")
+    jobs.resume(job.id)
+    until(lambda: jobs.retrieve(job.id).status not in ("queued", "running", "paused"))
+    done = jobs.retrieve(job.id)
+    assert done.status == "succeeded", done.error
+    _, message = ask(client, f"{json.loads((folder / 'task.json').read_text())['instruction']}\n\nplay some jazz",
+                     model=str(done.fine_tuned_model))  # fmt: skip
+    assert json.loads(message.content or "")["intent"]
+
+
+def until(there: Callable[[], bool], timeout_s: float = 600) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not there():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
 
 
 def test_published_adapters_are_models_at_once(home: Served, client: openai.OpenAI) -> None:
     names = {model.id for model in client.models.list()}
-    assert {"auto", "base", "prompt", "rag:facts", "bank", "bank@1", "voice", "few_shot:bank"} <= names
+    assert {"auto", "base", "prompt", "rag:facts", "bank", "bank@1", "voice", "head:bank", "few_shot:bank"} <= names
 
 
 @pytest.mark.parametrize(("source", "arms"), [
@@ -139,6 +187,12 @@ def test_small_talk_goes_to_prompt(home: Served, client: openai.OpenAI, text: st
 def test_few_shot_shows_the_nearest_examples(home: Served, client: openai.OpenAI) -> None:
     arm, _ = ask(client, "I still have not received my new card", model="few_shot:bank")
     assert arm == "few_shot:bank"
+
+
+def test_a_head_answers_with_a_label(home: Served, client: openai.OpenAI, data: Path) -> None:
+    questions = rows(data / "intent_banking77" / "test.jsonl")[:40]
+    right = [ask(client, row["input"], model="head:bank")[1].content == row["reference"] for row in questions]
+    assert sum(right) >= 25  # of 77 labels, from a tenth of the training rows
 
 
 def test_adapter_with_passages(home: Served, client: openai.OpenAI) -> None:

@@ -116,6 +116,25 @@ def train(
         _show(run, json_)
 
 
+@app.command("survive", help=BENCHMARKS["survive"].description)
+def survive(
+    source: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="a task folder or a data file (default: the tickets task)")
+    ] = None,
+    kills: Annotated[int, typer.Option(min=1, help="how often the run is killed")] = 10,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a recipe key; repeatable")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Needs no server: it trains in temporary homes."""
+    sets = set_ or []
+    parse_sets(sets)
+    with bar() as progress:
+        run = BENCHMARKS["survive"].measure(source, settings=Settings.load(), sets=sets, kills=kills, progress=progress)
+        _show(run, json_)
+
+
 def _show(run: Coroutine[Any, Any, Result], json_: bool) -> None:
     result = asyncio.run(run)
     if json_:

@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from hybrid.errors import BadRequest
-from hybrid.prompts import replace_last_user, with_passages
+from hybrid.prompts import instructed, last_user, replace_last_user, with_passages
 from hybrid.strategies.tools import Tools
 from hybrid.types import Arm, Event, Request, Retrieved
 
 
 async def run(request: Request, arm: Arm, tools: Tools) -> AsyncIterator[Event]:
-    """Searches with the last user message; the passages that fit the budget are shown and cited."""
+    """Searches with the last user message; the passages that fit the budget are shown and cited.
+
+    An adapter that the gate chose gets its task's instruction too, as in its training.
+    """
     if not request.messages:
         raise BadRequest("rag answers chat requests; send `messages` to /v1/chat/completions.", param="model")
     named = arm.args[1:] if arm.adapter else arm.args
@@ -22,6 +25,7 @@ async def run(request: Request, arm: Arm, tools: Tools) -> AsyncIterator[Event]:
     found = await tools.search(corpus, request.query, request.knobs.top_k or tools.top_k)
     passages = tools.fit(found)
     yield Retrieved(passages)
-    messages = replace_last_user(request.messages, with_passages(request.query, passages))
+    asked = instructed(request.messages, tools.instruction)
+    messages = replace_last_user(asked, with_passages(last_user(asked), passages))
     async for token in tools.generate(messages, adapter=arm.adapter):
         yield token

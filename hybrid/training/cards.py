@@ -86,7 +86,8 @@ def _facts(card: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     metrics, data, recipe = card["metrics"], card["data"], card["recipe"]
     trained = metrics.get("train_rows", 0)
     yield "rows", f"{trained} trained on, {metrics.get('dev_rows', 0)} measured on"
-    yield "left out", f"{data['duplicates']} duplicates, {data['leaked']} also in dev or test, {data['bad']} unusable"
+    left = f"{data['duplicates']} duplicates, {data['near_duplicates']} near duplicates"
+    yield "left out", f"{left}, {data['leaked']} also in dev or test, {data['bad']} unusable"
     yield "dev loss", f"{metrics['dev_loss']} nats a token" if "dev_loss" in metrics else ""
     yield "over-fitting", f"dev loss above training loss by {metrics['gap']}" if "gap" in metrics else ""
     yield "trained parameters", f"{metrics['trained_parameters']:,}" if metrics.get("trained_parameters") else ""

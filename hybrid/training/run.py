@@ -34,6 +34,8 @@ from hybrid.training.workspace import workspace
 log = logging.getLogger("hybrid.training")
 #: examples that go with an adapter, for few-shot prompts and for the gate
 SHELF_LIMIT = 5000
+#: rows named one by one when they are left out
+TOLD = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +147,13 @@ def _silence(**_told: Any) -> None:
 def _tell(data: Dataset) -> None:
     """Says what was left out: nothing is dropped in silence."""
     counts = data.counts
-    for complaint in counts.complaints:
-        log.warning("left out: %s", complaint)
-    if counts.duplicates or counts.leaked:
-        log.warning(
-            "left out: %d duplicate rows, %d training rows that stand in the dev or test split too.",
-            counts.duplicates, counts.leaked,
-        )  # fmt: skip
+    lines = (*counts.complaints, *counts.removed)
+    for line in lines[:TOLD]:
+        log.warning("left out: %s", line)
+    if len(lines) > TOLD:
+        log.warning("left out: %d more rows; `hybrid data check` names them all.", len(lines) - TOLD)
+    if counts.duplicates:
+        log.warning("left out: %d rows that repeat another.", counts.duplicates)
 
 
 def _write_dev(data: Dataset, path: Path) -> None:
