@@ -66,6 +66,11 @@ def adapter(v: AdapterVersion, live: int | None, measured: JSON | None = None) -
     }
 
 
+def aliases(store: AdapterStore) -> dict[str, JSON]:
+    """What each bare name means, and how often that has changed: what a promotion is decided on."""
+    return {name: {"version": store.alias(name), "revision": store.revision(name)} for name in store.names()}
+
+
 def engine(status: EngineStatus) -> JSON:
     """The engine's part of `/v1/status`."""
     return {

@@ -268,6 +268,25 @@ class Gateway:
         self.store.retire(version.name, version.version)
         await self.loader.settle()
 
+    async def promote_adapter(self, name: str, version: int, revision: int | None = None) -> int:
+        """Points `name` at a version once the engine holds it; returns the alias's revision.
+
+        `revision` is the one the caller decided on (default: that of now, before the engine loads). Raises Conflict
+        when the alias has moved since, ModelNotFound, Refused, NotReady.
+        """
+        await asyncio.to_thread(self.store.refresh)
+        seen = self.store.revision(name) if revision is None else revision
+        await self.loader.load_now(f"{name}@{version}")
+        await asyncio.to_thread(self.store.promote, name, version, revision=seen)
+        await self.loader.settle()
+        return self.store.revision(name)
+
+    async def rollback_adapter(self, name: str, revision: int | None = None) -> tuple[int, int]:
+        """Points `name` back at the version before; returns it and the revision. Raises Conflict, ModelNotFound."""
+        version = await asyncio.to_thread(self.store.rollback, name, revision=revision)
+        await self.loader.settle()
+        return version, self.store.revision(name)
+
     def models(self) -> list[JSON]:
         """OpenAI model objects of everything that can be asked for."""
         return catalog.models(self.store, self.library, self.shelves.names(), self.engine.status().model)
@@ -283,6 +302,7 @@ class Gateway:
             "adapters": [
                 catalog.adapter(v, self.store.alias(v.name), measured.get(v.id)) for v in self.store.versions()
             ],
+            "aliases": catalog.aliases(self.store),
             "corpora": catalog.corpora(self.library),
             "gate": {
                 "arms": [str(arm) for arm in self.decider.gate.arms()],

@@ -17,9 +17,10 @@ from hybrid.lifecycle.queue import Queue
 from hybrid.rooms import check_name
 from hybrid.settings import Settings
 from hybrid.state import State
-from hybrid.training.files import Files
+from hybrid.training.files import Files, rows_suffix
 from hybrid.training.jobs import JobBook, new_id
 from hybrid.training.methods import find_method
+from hybrid.training.reader import ROWS
 from hybrid.training.recipes import RECIPE_FILE, Recipe, load_recipe
 from hybrid.types import JSON
 
@@ -130,21 +131,27 @@ class Orders:
         """Links the files into the job's own folder, where deleting them does not reach. Returns it, from the home."""
         data = folder / "data"
         data.mkdir(parents=True)
-        for param, file_id, name in (
-            ("training_file", order.training_file, "train.jsonl"),
-            ("validation_file", order.validation_file, "dev.jsonl"),
-        ):
-            if file_id is None:
-                continue
-            try:
-                purpose = self._files.get(file_id, caller)["purpose"]
-            except NotFound as error:
-                error.param = param
-                raise
-            if purpose != "fine-tune":
-                raise BadRequest(f"{file_id} was uploaded for {purpose!r}; training takes 'fine-tune'.", param=param)
-            os.link(self._files.path(file_id, caller), data / name)
+        suffix = rows_suffix(self._tunable("training_file", order.training_file, caller)["filename"])
+        os.link(self._files.path(order.training_file, caller), data / f"train{suffix}")
+        if order.validation_file is not None:
+            self._tunable("validation_file", order.validation_file, caller)
+            if suffix != ROWS[0]:
+                raise BadRequest("A document brings its own dev split; leave this out.", param="validation_file")
+            os.link(self._files.path(order.validation_file, caller), data / "dev.jsonl")
         return str(data.relative_to(self._home.root))
+
+    def _tunable(self, param: str, file_id: str, caller: str) -> JSON:
+        """The row of a file that was uploaded to train on. Raises NotFound, BadRequest."""
+        try:
+            row = self._files.get(file_id, caller)
+        except NotFound as error:
+            error.param = param
+            raise
+        if row["purpose"] != "fine-tune":
+            raise BadRequest(
+                f"{file_id} was uploaded for {row['purpose']!r}; training takes 'fine-tune'.", param=param
+            )
+        return row
 
 
 def _hyperparameters(recipe: Recipe) -> JSON:

@@ -12,10 +12,13 @@ from hybrid.errors import BadRequest
 from hybrid.server.access import caller
 from hybrid.server.house import house
 from hybrid.server.multipart import read_form
+from hybrid.training.check import check_upload
 from hybrid.training.files import PURPOSES
 from hybrid.training.wire import file_object, page
 
 router = APIRouter(tags=["files"])
+#: looking through rows takes the interpreter's lock from the answers
+MAX_CHECKED = 16 << 20
 _FORM = {
     "type": "object",
     "required": ["file", "purpose"],
@@ -69,6 +72,20 @@ async def content(request: Request, file_id: str) -> Response:
     """Its bytes. They come as a download, whatever they are: no browser may take an upload for a page of ours."""
     path = await asyncio.to_thread(house(request).files.path, file_id, caller(request).id)
     return FileResponse(path, media_type="application/octet-stream", headers={"content-disposition": "attachment"})
+
+
+@router.get("/v1/files/{file_id}/check")
+async def check(request: Request, file_id: str) -> Response:
+    """What training would make of it: its kind, rows, complaints and balance, as `hybrid data check` says."""
+    row = await asyncio.to_thread(house(request).files.get, file_id, caller(request).id)
+    if row["bytes"] > MAX_CHECKED:
+        raise BadRequest(
+            f"The file is larger than {MAX_CHECKED >> 20} MiB, more than is looked through here; `hybrid data check` "
+            "does it, and a job looks before it trains.",
+            param="file_id",
+        )
+    path = await asyncio.to_thread(house(request).files.path, file_id, caller(request).id)
+    return JSONResponse((await asyncio.to_thread(check_upload, path, row["filename"])).wire())
 
 
 @router.delete("/v1/files/{file_id}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hybrid.training.balance import Balance, Distribution, balance
 from hybrid.training.data import Splits, read_splits
+from hybrid.training.files import rows_suffix
 from hybrid.training.lengths import Lengths, lengths
 from hybrid.training.reader import BAD_LIMIT
 from hybrid.training.splits import GROUP
@@ -70,6 +72,14 @@ def check(source: Path, *, tokenizer: Any = None, limit: int = 0, seed: int = 0,
         lengths(tokenizer, splits.train, limit) if tokenizer is not None else None,
         balance(splits.train, splits.labels, key),
     )
+
+
+def check_upload(path: Path, filename: str) -> Checked:
+    """The same for an uploaded file, whose name is not that of its bytes. Raises DataError."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / (Path(filename).stem[:60] + rows_suffix(filename))
+        source.symlink_to(path.resolve())
+        return check(source)
 
 
 def _histogram(found: Lengths, path: Path) -> Path:

@@ -22,6 +22,7 @@ from hybrid.errors import BadRequest, NotFound
 from hybrid.rooms import Home, fsync_path, sha256_file
 from hybrid.state import State
 from hybrid.state import files as table
+from hybrid.training.reader import DOCUMENTS
 from hybrid.types import JSON
 
 #: what can be uploaded; results are made here alone
@@ -136,6 +137,12 @@ class Files:
         for path in self._folder.iterdir():
             if path.name not in known and path.stat().st_mtime < now() - _ORPHAN_S:
                 path.unlink(missing_ok=True)
+
+
+def rows_suffix(filename: str) -> str:
+    """As what a file called so is read: the suffix of a document, or rows, whatever its name says."""
+    suffix = Path(filename).suffix.lower()
+    return suffix if suffix in DOCUMENTS else ".jsonl"
 
 
 def clean_name(name: str) -> str:

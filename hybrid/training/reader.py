@@ -51,14 +51,15 @@ class Reader:
         return found
 
     def documents(self, path: Path) -> list[Item]:
-        """The pieces of a document, or of all documents in a folder; `meta.group` is the document's name."""
+        """The pieces of a document, or of all documents in a folder; `meta.group` is then the document's name."""
         documents, problems = read(path)
         self.kind = "text"
         self.rows += len(documents) + len(problems)
         self.complaints += [str(problem) for problem in problems]
+        several = len(documents) > 1  # a single one must be cut to leave something to measure on
         chunker = Chunker(lambda texts: [len(text) // 4 for text in texts], PIECE_TOKENS)
         return [
-            Text(f"{document.id}#{n}", piece.text, {"group": document.id}, document.id)
+            Text(f"{document.id}#{n}", piece.text, {"group": document.id} if several else {}, document.id)
             for document in documents
             for n, piece in enumerate(chunker.cut(document.title, document.text, markdown=document.markdown))
             if piece.text.strip()
@@ -94,9 +95,10 @@ def some(lines: Sequence[str]) -> str:
 
 
 def parsed_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """(line number, parsed row, or the ValueError that parsing raised). A JSON array counts its items as lines."""
+    """(line number, parsed row, or the ValueError that parsing raised). The items of a JSON array,
+    whatever the file is called, count as lines."""
     with path.open("rb") as file:
-        if path.suffix == ".json" and file.read(4096).lstrip().startswith(b"["):
+        if file.read(4096).lstrip().startswith(b"["):
             file.seek(0)
             try:
                 yield from enumerate(json.loads(file.read()), 1)
