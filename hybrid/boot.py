@@ -48,7 +48,7 @@ async def open_gateway(settings: Settings, progress: Progress | None = None) -> 
     engine = await open_engine(settings, model, lambda: store.desired(settings.engine.max_cpu_loras))
     embedder = Embedder(embedding.path, embedding.name)
     library = Library(home, embedder, settings.retrieval)
-    shelves = Shelves(lambda: _example_folders(home, store), embedder, home.hidden / "cache")
+    shelves = Shelves(lambda: example_folders(home, store), embedder, home.hidden / "cache")
     enrolment = Enrolment(home, store, shelves, library, settings.cache, state.measurements)
     gateway: Gateway
 
@@ -108,7 +108,7 @@ async def _keep_in_step(enrolment: Enrolment, library: Library, changed: asyncio
             await asyncio.wait_for(changed.wait(), REFRESH_S)
 
 
-def _example_folders(home: Home, store: AdapterStore) -> Mapping[str, Path]:
+def example_folders(home: Home, store: AdapterStore) -> Mapping[str, Path]:
     """Where each task's examples lie: a task folder, or the live version of an adapter of that name."""
     folders = {p.parent.name: p.parent for p in home.tasks.glob("*/task.json")}
     for name in store.names():

@@ -14,11 +14,13 @@ from typing import Any, Protocol
 
 import aiohttp
 
+from hybrid.adapters.kinds import HEAD
 from hybrid.errors import EngineError, EngineRejected, HybridError
 from hybrid.evaluation.tasks import Task
 from hybrid.gateway import Gateway
 from hybrid.reach import answer as read_answer
 from hybrid.rooms import sha256_file
+from hybrid.settings import Settings
 from hybrid.types import JSON, Arm, Event, Message, Request, Usage, fold
 
 CALLER = "evaluation"
@@ -91,13 +93,44 @@ class Offer:
             train = task.folder / "train.jsonl"
             facts.append(sha256_file(train) if train.is_file() else "")
             facts += [_identity(self.adapters.get(n)) for n in (parsed.args if parsed else ())]
-        if strategy not in ("base", "prompt", "few_shot", "rag", "adapter", "adapter+rag"):
-            facts += [[_identity(row) for row in self.adapters.values()], self.status["corpora"], self.status["gate"]]
+        if strategy == "head" and parsed:
+            heads = [r for r in self.status["adapters"] if r["kind"] == HEAD and r["name"] == parsed.args[0]]
+            facts += [_identity(row) for row in heads]
+        if strategy not in ("base", "prompt", "few_shot", "rag", "adapter", "adapter+rag", "head"):
+            facts += [[_routed(row) for row in self.status["adapters"]], self.status["corpora"]]
+            facts += [self.status["gate"].get("version"), [m for m in self.models if m.startswith("few_shot:")]]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _identity(row: JSON | None) -> list[Any]:
     return [row["name"], row["version"], row["card"].get("sha256", "")] if row else []
+
+
+def _routed(row: JSON) -> list[Any]:
+    """What of a version decides whether the gate may choose it."""
+    reason = (row.get("measured") or {}).get("reason", "")
+    return [*_identity(row), row["alias"], row["state"] in ("rejected", "retired"), bool(reason)]
+
+
+def shown_settings(settings: Settings) -> str:
+    """The settings that change what a model is shown, as one text; how long the gate may take is none of them."""
+    gate = settings.gate.model_dump_json(exclude={"deadline_ms"})
+    return settings.retrieval.model_dump_json() + gate + settings.system_prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """Nobody to ask: for runs whose every outcome is kept already."""
+
+    known: Offer
+
+    async def offer(self) -> Offer:
+        """What would be on offer."""
+        return self.known
+
+    async def ask(self, arm: str, message: str, sampling: Mapping[str, Any]) -> Heard:
+        """An error: there is no engine."""
+        return Heard(error=f"not_ready: nothing was started that could answer as {arm}")
 
 
 class GatewayAsker:
@@ -109,10 +142,8 @@ class GatewayAsker:
 
     async def offer(self) -> Offer:
         """The gateway's models and status."""
-        settings = self._gateway.settings
-        shown = settings.retrieval.model_dump_json() + settings.gate.model_dump_json() + settings.system_prompt
         models = tuple(str(model["id"]) for model in self._gateway.models())
-        return Offer(models, self._gateway.status(), shown, self._base)
+        return Offer(models, self._gateway.status(), shown_settings(self._gateway.settings), self._base)
 
     async def ask(self, arm: str, message: str, sampling: Mapping[str, Any]) -> Heard:
         """One answer through `Gateway.answer`, not streamed."""

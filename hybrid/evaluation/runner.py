@@ -31,6 +31,8 @@ _TRIES = 5
 _SHORTEST, _LONGEST, _COUNTED = 16, 512, 1000
 
 Progress = Callable[[int, int], None]
+#: a final number comes after the working, which references leave out
+_WORKING = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,8 @@ def _digest(facts: list[Any]) -> str:
 def token_limit(splits: Sequence[Learnable], count: Callable[[str], int]) -> int:
     """Room for an answer of a task: half as long again as all but the longest hundredth of its known references.
 
-    16 to 512 tokens; 512 for tasks without references. Test splits are not looked at.
+    16 to 512 tokens; 512 for tasks without references, and room to work where the answer is a number. Test splits are
+    not looked at.
     """
     references = [e.reference for split in splits for e in learnable(split) if e.reference]
     if not references:
@@ -76,7 +79,8 @@ def token_limit(splits: Sequence[Learnable], count: Callable[[str], int]) -> int
     kept = random.Random(0).sample(references, min(len(references), _COUNTED))
     lengths = sorted(count(text) for text in kept)
     usual = lengths[min(len(lengths) - 1, int(0.99 * len(lengths)))]
-    return max(_SHORTEST, min(_LONGEST, round(usual * 1.5) + 16))
+    least = _WORKING if any(split.task.metric == "numeric" for split in splits) else _SHORTEST
+    return max(least, min(_LONGEST, round(usual * 1.5) + 16))
 
 
 def sample(examples: Sequence[Example], limit: int | None, seed: int = 0) -> tuple[Example, ...]:
@@ -95,7 +99,6 @@ class Ledger:
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / OUTCOMES
         self._earlier = folder / _EARLIER
         self._rows = {row["key"]: row for path in (self._earlier, self._path) for row in _whole_rows(path)}
@@ -112,6 +115,7 @@ class Ledger:
         row = {**asdict(outcome), "key": key, **({"again": True} if again else {})}
         self._rows[key] = row
         if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a", encoding="utf-8")
         self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         if time.monotonic() - self._synced > _FSYNC_S:

@@ -6,24 +6,42 @@ import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hybrid.errors import DataError
 from hybrid.evaluation import report
 from hybrid.evaluation.asking import Asker, Offer, chosen_arms
+from hybrid.evaluation.leaks import mark_leaks
 from hybrid.evaluation.report import Measured
 from hybrid.evaluation.runner import Job, Ledger, Progress, jobs_for, run, sample, token_limit
 from hybrid.evaluation.tasks import DevSplit, Learnable, Task, TestSplit, read_split, read_task
+from hybrid.rooms import Home
 from hybrid.settings import Settings
 from hybrid.types import JSON, Arm, Outcome
 
 DATA = "$HYBRID_DATA"
 
 
+class SuiteAdapter(BaseModel):
+    """An adapter that a suite needs: what it learns from, its name (the task's by default), and a recipe's keys."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    task: str
+    name: str = ""
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The keys beside task and name, unchecked: the trainer knows them."""
+        return dict(self.model_extra or {})
+
+
 class Suite(BaseModel):
-    """What a suite says. `foreign_limit` is for adapters on tasks they were not trained for."""
+    """What a suite says. `foreign_limit` is for adapters on tasks they were not trained for; `corpora` has the corpora
+    that its tasks bring indexed under the tasks' names, and `adapters` are trained, before anything is asked.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -34,6 +52,8 @@ class Suite(BaseModel):
     limit: int | None = Field(None, ge=1)
     foreign_limit: int | None = Field(None, ge=1)
     seed: int = 0
+    corpora: bool = False
+    adapters: tuple[SuiteAdapter, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +90,7 @@ def _from_toml(path: Path) -> Suite:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise DataError(f"{path}: {where!r}: {first['msg']}. A suite has name, tasks, arms, split, limit.") from error
+        raise DataError(f"{path}: {where!r}: {first['msg']}. The keys are {', '.join(Suite.model_fields)}.") from error
     return suite.model_copy(update={"name": suite.name or path.stem})
 
 
@@ -108,11 +128,11 @@ def _known(task: Task) -> list[Learnable]:
 
 
 async def measure_suite(
-    suite: Suite, found: Sequence[Subject], asker: Asker, out: Path, progress: Progress | None = None
+    suite: Suite, found: Sequence[Subject], asker: Asker, out: Path, rooms: Home, progress: Progress | None = None
 ) -> JSON:
     """Asks everything, writes the report folder, and returns the report. A run that was killed goes on."""
     offer = await asker.offer()
-    jobs = [job for subject in found for job in _jobs(suite, subject, offer)]
+    jobs = questions(suite, found, offer)
     ledger = Ledger(out)
     finished = False
     try:
@@ -124,8 +144,20 @@ async def measure_suite(
     gate = offer.status["gate"].get("version")
     base = str(offer.status["engine"]["model"])
     written = report.build(suite.name, suite.split, tasks, base_model=base, gate=f"gate@{gate}" if gate else "")
+    mark_leaks(written, {s.task.name: (s.task, s.split.examples) for s in found}, outcomes, rooms)
     report.write(out, written)
     return written
+
+
+def questions(suite: Suite, found: Sequence[Subject], offer: Offer) -> list[Job]:
+    """Everything that a suite asks of what is on offer, task by task and arm by arm."""
+    return [job for subject in found for job in _jobs(suite, subject, offer)]
+
+
+def unanswered(suite: Suite, found: Sequence[Subject], offer: Offer, out: Path) -> int:
+    """How many questions of a suite have no outcome in the report folder `out` yet."""
+    known = Ledger(out)
+    return sum(known.get(job.key) is None for job in questions(suite, found, offer))
 
 
 def _jobs(suite: Suite, subject: Subject, offer: Offer) -> list[Job]:

@@ -1,0 +1,106 @@
+"""How long a suite will take, told before it is started: questions, tokens and minutes by the arms' kinds.
+
+Tokens are counted with the model's tokenizer; the rates are those of two cores with the engine's batch full.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from hybrid.evaluation.asking import Offer
+from hybrid.evaluation.runner import Job, Ledger
+from hybrid.evaluation.tasks import Task, learnable, read_split
+from hybrid.settings import Settings
+from hybrid.types import JSON
+
+#: tokens a second of a small model on two cores, 16 to 32 answers at once
+PREFILL_PER_S, DECODE_PER_S = 1500.0, 300.0
+#: an engine's start with the warming of the gate
+START_S = 90.0
+_FRAME_TOKENS, _SAMPLED = 31, 100
+_PASSAGE_TOKENS = 140
+#: an untrained model seldom stops at the answer: the share of its room that it fills
+_TALKATIVE = 0.7
+#: the strategies that learned, or are shown, how short an answer is
+_BRIEF = frozenset(["adapter", "adapter+rag", "few_shot"])
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The questions to the arms of one kind: how many in all, how many have no outcome, and the tokens of those."""
+
+    kind: str
+    questions: int
+    open: int
+    prompt: int
+    answer: int
+
+    @property
+    def minutes(self) -> float:
+        """About how long the open ones take."""
+        return (self.prompt / PREFILL_PER_S + self.answer / DECODE_PER_S) / 60
+
+    def wire(self) -> JSON:
+        """As `--json` shows it."""
+        return {
+            "kind": self.kind,
+            "questions": self.questions,
+            "open": self.open,
+            "prompt_tokens": self.prompt,
+            "answer_tokens": self.answer,
+            "minutes": round(self.minutes, 1),
+        }
+
+
+def parts(
+    jobs: Sequence[Job], offer: Offer, ledger: Ledger, count: Callable[[str], int], settings: Settings
+) -> list[Part]:
+    """The plan of a list of questions, the arms of one kind together."""
+    size = _Size(count, settings.gate.few_shot_k, settings.retrieval.top_k, offer)
+    by_kind: dict[str, list[Job]] = {}
+    for job in jobs:
+        by_kind.setdefault(job.arm.partition(":")[0], []).append(job)
+    found = []
+    for kind, asked in by_kind.items():
+        new = [job for job in asked if ledger.get(job.key) is None]
+        sizes = [size.of(job, kind) for job in new]
+        prompt, answer = (round(sum(side)) for side in zip(*sizes, strict=True)) if sizes else (0, 0)
+        found.append(Part(kind, len(asked), len(new), prompt, answer))
+    return found
+
+
+class _Size:
+    """Tokens of a question and of its likely answer."""
+
+    def __init__(self, count: Callable[[str], int], shots: int, top_k: int, offer: Offer) -> None:
+        self._count = cache(count)
+        self._shots = shots
+        self._passages = top_k * _PASSAGE_TOKENS
+        self._tasks = {row.get("card", {}).get("task"): name for name, row in offer.adapters.items()}
+        self._known: dict[Path, tuple[float, float]] = {}
+
+    def of(self, job: Job, kind: str) -> tuple[float, float]:
+        """(prompt, answer) of one job."""
+        if kind == "head":
+            return 0.0, 0.0
+        asked, answered = self._usual(job.task)
+        prompt = self._count(job.task.message(job.example)) + _FRAME_TOKENS
+        more = {"few_shot": self._shots * (asked + answered), "rag": self._passages, "adapter+rag": self._passages}
+        room = float(job.sampling["max_tokens"])
+        trained = kind in _BRIEF or (kind == "auto" and job.task.name in self._tasks)
+        return prompt + more.get(kind, 0.0), min(room, answered) if trained and answered else _TALKATIVE * room
+
+    def _usual(self, task: Task) -> tuple[float, float]:
+        """(question, answer) of a training row, on average."""
+        if task.folder not in self._known:
+            rows = learnable(read_split(task, "train")) if (task.folder / "train.jsonl").is_file() else ()
+            seen = random.Random(0).sample(rows, min(_SAMPLED, len(rows)))
+            n = max(1, len(seen))
+            asked = sum(self._count(task.message(row)) for row in seen) / n
+            answered = sum(self._count(row.reference) + 1 for row in seen if row.reference) / n
+            self._known[task.folder] = (asked, answered)
+        return self._known[task.folder]

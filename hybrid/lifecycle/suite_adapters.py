@@ -1,0 +1,198 @@
+"""What a suite needs before it can be asked: its corpora indexed and its adapters trained, one after the other.
+
+What exists already is left alone: a corpus by its name, an adapter by the recipe, the rows and the base on its card. A
+run that was stopped in the middle of an adapter goes on from that adapter's newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hybrid.adapters.listing import AdapterVersion
+from hybrid.adapters.store import AdapterStore
+from hybrid.engine.launch import MARK
+from hybrid.errors import HybridError
+from hybrid.evaluation.suite import Subject, Suite, folder_of
+from hybrid.evaluation.tasks import CORPUS, Task, read_task
+from hybrid.knowledge.embed import Embedder
+from hybrid.knowledge.search import Library
+from hybrid.models import ModelFiles
+from hybrid.rooms import check_name
+from hybrid.settings import Settings
+from hybrid.training.data import Dataset, read_dataset
+from hybrid.training.mixture import assemble
+from hybrid.training.recipes import RECIPE_FILE, Recipe, load_recipe
+
+#: (step, done, total)
+Told = Callable[[str, int, int], None]
+
+#: what two cores do in a second, prompt and answer together, and how much faster a dev measurement is
+TRAIN_TOKENS_PER_S, DEV_SPEED = 1000.0, 3.0
+#: opening the model, writing the version, checking it; and fitting a head
+_AROUND_S, _HEAD_S = 25.0, 60.0
+_FRAME_TOKENS, _SAMPLED, _DEV_ROWS = 31, 200, 200
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One adapter of a suite: the task it learns from, what the suite says of its recipe, and that recipe in full."""
+
+    name: str
+    task: Task
+    given: Mapping[str, Any]
+    recipe: Recipe
+
+    @property
+    def is_head(self) -> bool:
+        """Whether a linear head comes of it and no adapter of the engine's."""
+        return self.recipe.method == "head"
+
+    def data(self) -> Dataset:
+        """The rows that it learns from. Raises DataError."""
+        return assemble([read_dataset(self.task.folder)], self.recipe)
+
+    def arguments(self) -> list[str]:
+        """The words of the command that trains it."""
+        sets = [word for key, value in self.given.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+        return ["train", str(self.task.folder), "--name", self.name, "--json", "--progress-json", *sets]
+
+
+def orders(suite: Suite, settings: Settings) -> list[Order]:
+    """The adapters of a suite, their recipes checked. Raises DataError, BadRequest, Refused."""
+    found = []
+    for wanted in suite.adapters:
+        task = read_task(folder_of(wanted.task, settings))
+        name = check_name(wanted.name or task.name)
+        recipe = load_recipe(settings.rooms.adapters / name / RECIPE_FILE, wanted.recipe)
+        found.append(Order(name, task, wanted.recipe, recipe))
+    return found
+
+
+def missing_corpora(suite: Suite, found: Sequence[Subject], settings: Settings, library: Library) -> list[Task]:
+    """The tasks whose corpus is still to be indexed, or was not indexed to its end."""
+    brought = [subject.task for subject in found if suite.corpora and subject.task.has_corpus]
+    return [t for t in brought if t.name not in library.names() or _mark(settings, t).is_file()]
+
+
+def missing(found: Sequence[Order], store: AdapterStore, model: ModelFiles, embedder: Embedder) -> list[Order]:
+    """The orders that no version in the store is the answer to."""
+    return [order for order in found if not any(_answers(v, order, model, embedder) for v in _like(order, store))]
+
+
+def prepare(
+    suite: Suite,
+    found: Sequence[Subject],
+    *,
+    settings: Settings,
+    model: ModelFiles,
+    store: AdapterStore,
+    library: Library,
+    tell: Told,
+) -> list[str]:
+    """Indexes and trains what a suite needs and the home has not; returns the names of the adapters it trained.
+
+    Training happens in a process of its own. Raises HybridError with the trainer's last words when one fails.
+    """
+    for task in missing_corpora(suite, found, settings, library):
+        _index(task, settings, library, tell)
+    todo = missing(orders(suite, settings), store, model, library.embedder)
+    for number, order in enumerate(todo, 1):
+        _train(order, settings, f"{order.name}, {order.recipe.method} ({number} of {len(todo)})", tell)
+    return [order.name for order in todo]
+
+
+def minutes(order: Order, count: Callable[[str], int], top_k: int) -> float:
+    """About how long an order takes on two idle cores, from the tokens of its rows. `count` counts a text's tokens."""
+    if order.is_head:
+        return _HEAD_S / 60
+    data, recipe = order.data(), order.recipe
+    dice = random.Random(0)
+    rows = dice.sample(data.train, min(_SAMPLED, len(data.train)))
+    each = sum(count(row.question) + count(row.answer) + _FRAME_TOKENS for row in rows) / max(1, len(rows))
+    if recipe.method == "raft":
+        each += top_k * _passage_tokens(order.task, count, dice)
+    each = min(each, recipe.max_length)
+    trained = len(data.train) * recipe.epochs
+    if recipe.max_steps:
+        trained = min(trained, recipe.max_steps * recipe.batch_size * recipe.accumulate)
+    looks = recipe.max_steps // recipe.eval_every if recipe.eval_every else 2 * recipe.epochs
+    looked_at = (looks + 1) * min(_DEV_ROWS, len(data.dev)) / DEV_SPEED
+    return ((trained + looked_at) * each / TRAIN_TOKENS_PER_S + _AROUND_S) / 60
+
+
+def _passage_tokens(task: Task, count: Callable[[str], int], dice: random.Random) -> float:
+    if not task.has_corpus:
+        return 0.0
+    lines = (task.folder / CORPUS).read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in dice.sample(lines, min(_SAMPLED, len(lines)))]
+    return sum(map(count, texts)) / max(1, len(texts))
+
+
+def _like(order: Order, store: AdapterStore) -> Iterator[AdapterVersion]:
+    """The versions of the same name and recipe that serve, newest first."""
+    recipe = order.recipe.model_dump(mode="json")
+    for version in reversed(store.versions(order.name)):
+        if version.state not in ("rejected", "retired") and version.card.get("recipe") == recipe:
+            yield version
+
+
+def _answers(version: AdapterVersion, order: Order, model: ModelFiles, embedder: Embedder) -> bool:
+    """Whether a version was made of the order's rows, on this base, or of this embedder's features."""
+    card = version.card
+    rests_on = card.get("embedder") == embedder.digest if not card.get("base_sha256") else None
+    same_base = card.get("base_sha256") == model.sha256 if rests_on is None else rests_on
+    return same_base and card.get("data", {}).get("train_sha256") == order.data().train_sha256
+
+
+def _mark(settings: Settings, task: Task) -> Path:
+    """A file that lies there while a corpus is indexed for a suite."""
+    return settings.rooms.hidden / "suites" / f"{task.name}.indexing"
+
+
+def _index(task: Task, settings: Settings, library: Library, tell: Told) -> None:
+    mark = _mark(settings, task)
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    library.ingest(task.name, task.folder, lambda _step, done, total: tell(f"indexing {task.name}", done, total))
+    mark.unlink()
+
+
+def _train(order: Order, settings: Settings, title: str, tell: Told) -> None:
+    """Trains in a process that ends with ours. An interrupt reaches it too, and it saves a checkpoint first."""
+    log = settings.rooms.logs / f"suite-{order.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    env = {**os.environ, **settings.environment(), MARK: str(os.getpid())}
+    argv = [sys.executable, "-m", "hybrid.engine.launch", "hybrid.cli", *order.arguments()]
+    tell(f"training {title}", 0, 1)
+    with (
+        log.open("wb") as words,
+        subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=words, env=env) as child,
+    ):
+        try:
+            for step, steps in _steps(child.stdout or ()):
+                tell(f"training {title}", step, steps)
+        except KeyboardInterrupt:
+            child.wait()
+            raise
+    if child.returncode:
+        said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
+        raise HybridError(f"{order.name} could not be trained for the suite: {said[-1]} The whole story is in {log}.")
+
+
+def _steps(lines: Any) -> Iterator[tuple[int, int]]:
+    """(step, steps) of the lines that tell how far a training is."""
+    for line in lines:
+        try:
+            told = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(told, dict) and "step" in told:
+            yield int(told["step"]), int(told.get("steps") or told["step"])
