@@ -269,6 +269,8 @@ class Outcome:
     passages: tuple[str, ...] = ()
     error: str | None = None
     chosen: str | None = None  # the arm that answered, where the gate chose
+    confidence: float | None = None  # the gate's, where it chose
+    grounded: Mapping[str, float] = field(default_factory=dict)  # supported share of words, numbers, names, where shown
 
 
 def fold(events: list[Event]) -> Answer:

@@ -28,10 +28,11 @@ from hybrid.cli import app
 from hybrid.cli.eval import evaluate
 from hybrid.errors import DataError
 from hybrid.evaluation import report, statistics
+from hybrid.evaluation.measured import Measured
 from hybrid.evaluation.metrics import Example
-from hybrid.evaluation.report import Measured
 from hybrid.evaluation.runner import sample, token_limit
 from hybrid.evaluation.tasks import check_task, learnable, read_split, read_task
+from hybrid.evaluation.words import markdown
 from hybrid.lifecycle.measure import Measurement, Measuring, measure, usable
 from hybrid.prompts import task_message
 from hybrid.settings import Settings
@@ -293,7 +294,7 @@ def test_a_report_puts_the_gate_beside_what_it_could_have_been() -> None:
     against = {row["b"]: row["diff"] for row in found["comparisons"] if "task" not in row}
     assert against["prompt"] == pytest.approx(0.125)
     assert all(row["p_holm"] >= row["p"] for row in found["comparisons"])
-    text = report.markdown(found)
+    text = markdown(found)
     assert "adapter:x" in text
     assert "## two (accuracy, 4 examples)" in text
 
@@ -323,6 +324,8 @@ def report_of(out: Path) -> dict[str, Any]:
     for task in found["tasks"].values():
         for arm in task["arms"].values():
             assert arm.pop("latency_ms")["p50"] > 0
+    for cost in found["costs"].values():
+        del cost["latency_ms"], cost["fast"]
     return found
 
 

@@ -44,6 +44,7 @@ def evaluate(
     plan: Annotated[
         bool, typer.Option("--plan", help="only tell what would be trained and asked, and how long")
     ] = False,
+    texts: Annotated[bool, typer.Option("--texts/--no-texts", help="without: ids, scores and plots only")] = True,
     json_: Annotated[bool, typer.Option("--json", help="report.json as the last line of stdout")] = False,
 ) -> None:
     """Scores every arm on held-out tasks and writes the report, with the server of this home or an engine of its own.
@@ -66,7 +67,7 @@ def evaluate(
         _tell(home.plan(suite, found, out), json_)
         return
     home.prepare(suite, found)
-    report = home.remembered(suite, found, out) or asyncio.run(_measure(settings, model, suite, found, out))
+    report = home.remembered(suite, found, out) or asyncio.run(_measure(settings, model, suite, found, out, texts))
     if json_:
         data(report)
     else:
@@ -136,7 +137,9 @@ def _tell(plan: Plan, as_json: bool) -> None:
         text(str(plan))
 
 
-async def _measure(settings: Settings, model: ModelFiles, suite: Suite, found: Sequence[Subject], out: Path) -> JSON:
+async def _measure(
+    settings: Settings, model: ModelFiles, suite: Suite, found: Sequence[Subject], out: Path, texts: bool
+) -> JSON:
     with bar() as progress:
 
         def told(done: int, total: int) -> None:

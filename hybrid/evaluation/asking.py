@@ -28,13 +28,19 @@ CALLER = "evaluation"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heard:
-    """What came back for one question. `chosen` is the arm that answered; `error` is `code: message` or None."""
+    """What came back for one question.
+
+    `chosen` is the arm that answered, by a decision of that `confidence`; `shown` holds the texts of its `passages`;
+    `error` is `code: message` or None.
+    """
 
     text: str = ""
     usage: Usage = field(default_factory=Usage)
     chosen: str = ""
     adapter: str | None = None
+    confidence: float | None = None
     passages: tuple[str, ...] = ()
+    shown: tuple[str, ...] = ()
     error: str | None = None
     retry_after: float | None = None
     latency_ms: float = 0.0
@@ -167,7 +173,9 @@ class GatewayAsker:
             usage=answer.usage,
             chosen=str(answer.decision.arm) if answer.decision else "",
             adapter=answer.decision.adapter if answer.decision else None,
+            confidence=answer.decision.confidence if answer.decision else None,
             passages=tuple(p.id for p in answer.passages),
+            shown=tuple(f"{p.title}\n{p.text}" for p in answer.passages),
             latency_ms=_since(began),
         )
 
@@ -204,7 +212,9 @@ class ServerAsker:
             usage=Usage(usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0), 1 + hidden),
             chosen=why["arm"],
             adapter=why.get("adapter"),
+            confidence=why.get("confidence"),
             passages=tuple(p["filename"] for p in why.get("passages", ())),
+            shown=tuple(f"{p['title']}\n{p['quote']}" for p in why.get("passages", ())),
             latency_ms=_since(began),
         )
 

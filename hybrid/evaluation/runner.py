@@ -19,20 +19,22 @@ from typing import IO, Any
 
 from hybrid.errors import HybridError
 from hybrid.evaluation.asking import Asker, Heard, Offer
+from hybrid.evaluation.grounded import support
+from hybrid.evaluation.measured import AUTO
 from hybrid.evaluation.metrics import METRICS, Example, Metric
 from hybrid.evaluation.tasks import Learnable, Task, learnable
 from hybrid.types import Outcome
 
 INFLIGHT = 32
 OUTCOMES = "outcomes.jsonl"
-_EARLIER = ".earlier.jsonl"
+EARLIER = ".earlier.jsonl"
 _FSYNC_S = 2.0
 _TRIES = 5
 _SHORTEST, _LONGEST, _COUNTED = 16, 512, 1000
-
-Progress = Callable[[int, int], None]
 #: a final number comes after the working, which references leave out
 _WORKING = 256
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ class Ledger:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / OUTCOMES
-        self._earlier = folder / _EARLIER
+        self._earlier = folder / EARLIER
         self._rows = {row["key"]: row for path in (self._earlier, self._path) for row in _whole_rows(path)}
         self._file: IO[str] | None = None
         self._synced = time.monotonic()
@@ -246,4 +248,6 @@ def _outcome(job: Job, heard: Heard) -> Outcome:
         passages=heard.passages,
         error=heard.error,
         chosen=heard.chosen or None,
+        confidence=heard.confidence if job.arm == AUTO else None,
+        grounded=support(heard.text, job.example.input, heard.shown),
     )

@@ -62,12 +62,13 @@ def estimate(scores: Sequence[float], clusters: Sequence[Hashable] | None = None
     values = np.asarray(scores, dtype=np.float64)
     if not len(values):
         raise ValueError("an estimate needs at least one score")
-    if clusters is not None and len(set(clusters)) < len(values):
-        low, high = _clustered(values, clusters)
-    elif is_rate(values):
+    groups = _Groups.of(values, clusters)
+    if is_rate(values) and not groups.shared:
         low, high = wilson(int(values.sum()), len(values))
+    elif is_rate(values) and values.min() == values.max():  # nothing to draw from: as many trials as clusters
+        low, high = wilson(int(values[0]) * len(groups.sums), len(groups.sums))
     else:
-        low, high = _interval([values])
+        low, high = _interval([groups])
     return Estimate(float(values.mean()), low, high, len(values))
 
 
@@ -84,29 +85,40 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def mean_of_tasks(tasks: Sequence[Sequence[float]]) -> Estimate:
-    """The mean over tasks of their mean scores; the bootstrap draws within each task."""
-    strata = [np.asarray(scores, dtype=np.float64) for scores in tasks if len(scores)]
-    if len(strata) == 1:
-        return estimate(strata[0].tolist())
+def rule_of_three(n: int) -> float:
+    """The failure rate that n trials without one leave possible at 95 % (Hanley & Lippman-Hand 1983)."""
+    return min(1.0, 3 / n)
+
+
+def mean_of_tasks(tasks: Sequence[Sequence[float]], clusters: Sequence[Sequence[Hashable]] | None = None) -> Estimate:
+    """The mean over tasks of their mean scores; the bootstrap draws within each task, whole clusters where given."""
+    drawn = [(list(scores), None if clusters is None else clusters[i]) for i, scores in enumerate(tasks) if len(scores)]
+    if len(drawn) == 1:
+        return estimate(*drawn[0])
+    strata = [_Groups.of(np.asarray(scores, np.float64), shared) for scores, shared in drawn]
     low, high = _interval(strata)
-    return Estimate(_mean(strata), low, high, sum(map(len, strata)))
+    return Estimate(_mean(strata), low, high, sum(len(scores) for scores, _ in drawn))
 
 
-def paired(tasks: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Difference:
+def paired(
+    tasks: Sequence[tuple[Sequence[float], Sequence[float]]], clusters: Sequence[Sequence[Hashable]] | None = None
+) -> Difference:
     """How two arms differ on the same examples: one (scores of a, scores of b) a task, the mean over tasks.
 
-    One task of rates is tested by McNemar, all else by the bootstrap. Raises ValueError for pairs of unequal length.
+    One task of rates is tested by McNemar, all else by the bootstrap; so are rates that share `clusters` (documents),
+    one sequence a task. Raises ValueError for pairs of unequal length.
     """
-    pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in tasks if len(a) or len(b)]
-    if not pairs or any(len(a) != len(b) for a, b in pairs):
+    if any(len(a) != len(b) for a, b in tasks) or not any(len(a) for a, _ in tasks):
         raise ValueError("a paired comparison needs the scores of both arms on the same examples")
-    gaps = [a - b for a, b in pairs]
+    pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in tasks]
+    shared: Sequence[Sequence[Hashable] | None] = clusters or [None] * len(pairs)
+    gaps = [_Groups.of(a - b, c) for (a, b), c in zip(pairs, shared, strict=True) if len(a)]
     low, high = _interval(gaps)
     a, b = pairs[0]
-    p = _mcnemar(a, b) if len(pairs) == 1 and is_rate(a) and is_rate(b) else _bootstrap_p(gaps)
-    error = math.sqrt(sum(float(g.var(ddof=1)) / len(g) for g in gaps if len(g) > 1)) / len(gaps)
-    return Difference(_mean(gaps), low, high, p, sum(map(len, gaps)), detectable(error))
+    by_table = len(pairs) == 1 and is_rate(a) and is_rate(b) and not gaps[0].shared
+    p = _mcnemar(a, b) if by_table else _bootstrap_p(gaps)
+    error = math.sqrt(sum(g.standard_error**2 for g in gaps)) / len(gaps)
+    return Difference(_mean(gaps), low, high, p, sum(len(a) for a, _ in pairs), detectable(error))
 
 
 def detectable(standard_error: float, power: float = 0.8) -> float:
@@ -126,55 +138,59 @@ def holm(p_values: Sequence[float]) -> list[float]:
 # --- the bootstrap -------------------------------------------------------------------------------------------------
 
 
-def _interval(strata: Sequence[Numbers]) -> tuple[float, float]:
-    from scipy.stats import bootstrap
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    """What is drawn together: the sum and the number of the scores of each cluster; one score each without clusters."""
 
-    if all(len(s) < 2 or np.ptp(s) == 0 for s in strata):
-        return _mean(strata), _mean(strata)
-    drawn = bootstrap(
-        [s if len(s) > 1 else np.repeat(s, 2) for s in strata],
-        lambda *samples, axis=-1: np.mean([s.mean(axis=axis) for s in samples], axis=0),
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        vectorized=True,
-        rng=np.random.default_rng(0),
-    )
-    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
+    sums: Numbers
+    sizes: Numbers
+
+    @classmethod
+    def of(cls, values: Numbers, clusters: Sequence[Hashable] | None) -> _Groups:
+        if clusters is None or len(set(clusters)) == len(values):
+            return cls(values, np.ones(len(values)))
+        place = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
+        member = [place[cluster] for cluster in clusters]
+        sums, sizes = np.zeros(len(place)), np.zeros(len(place))
+        np.add.at(sums, member, values)
+        np.add.at(sizes, member, 1.0)
+        return cls(sums, sizes)
+
+    @property
+    def shared(self) -> bool:
+        return bool((self.sizes > 1).any())
+
+    @property
+    def mean(self) -> float:
+        return float(self.sums.sum() / self.sizes.sum())
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean, between clusters; 0 for a single one."""
+        n = len(self.sums)
+        residuals = self.sums - self.mean * self.sizes
+        return math.sqrt(n / (n - 1) * float(residuals @ residuals)) / float(self.sizes.sum()) if n > 1 else 0.0
+
+    def draws(self, rng: np.random.Generator) -> Numbers:
+        """The means of RESAMPLES samples drawn with replacement."""
+        picked = rng.integers(0, len(self.sums), (RESAMPLES, len(self.sums)))
+        means: Numbers = self.sums[picked].sum(axis=1) / self.sizes[picked].sum(axis=1)
+        return means
 
 
-def _clustered(values: Numbers, clusters: Sequence[Hashable]) -> tuple[float, float]:
-    from scipy.stats import bootstrap
-
-    groups: dict[Hashable, list[float]] = {}
-    for cluster, value in zip(clusters, values.tolist(), strict=True):
-        groups.setdefault(cluster, []).append(value)
-    if len(groups) < 2 or np.ptp(values) == 0:
-        return float(values.mean()), float(values.mean())
-    sums = np.array([sum(g) for g in groups.values()])
-    sizes = np.array([float(len(g)) for g in groups.values()])
-    drawn = bootstrap(
-        (sums, sizes),
-        lambda s, n, axis=-1: s.sum(axis=axis) / n.sum(axis=axis),
-        paired=True,
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        vectorized=True,
-        rng=np.random.default_rng(0),
-    )
-    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
+def _interval(strata: Sequence[_Groups]) -> tuple[float, float]:
+    """Percentiles of the mean over strata of means drawn within each."""
+    rng = np.random.default_rng(0)
+    means = np.mean([stratum.draws(rng) for stratum in strata], axis=0)
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
 
 
-def _bootstrap_p(gaps: Sequence[Numbers]) -> float:
+def _bootstrap_p(gaps: Sequence[_Groups]) -> float:
     """Two-sided: how often means of samples drawn from centred differences are as far from 0 as the one seen."""
     rng = np.random.default_rng(0)
-    seen = abs(_mean(gaps))
-    means = np.zeros(RESAMPLES)
-    for gap in gaps:
-        centred = gap - gap.mean()
-        means += centred[rng.integers(0, len(gap), (RESAMPLES, len(gap)))].mean(axis=1) / len(gaps)
-    return float((np.sum(np.abs(means) >= seen - 1e-12) + 1) / (RESAMPLES + 1))
+    means = np.mean([_Groups(g.sums - g.mean * g.sizes, g.sizes).draws(rng) for g in gaps], axis=0)
+    return float((np.sum(np.abs(means) >= abs(_mean(gaps)) - 1e-12) + 1) / (RESAMPLES + 1))
 
 
 def _mcnemar(a: Numbers, b: Numbers) -> float:
@@ -185,8 +201,8 @@ def _mcnemar(a: Numbers, b: Numbers) -> float:
     return float(mcnemar(table, exact=discordant < _EXACT_BELOW, correction=True).pvalue) if discordant else 1.0
 
 
-def _mean(strata: Sequence[Numbers]) -> float:
-    return float(np.mean([s.mean() for s in strata]))
+def _mean(strata: Sequence[_Groups]) -> float:
+    return float(np.mean([stratum.mean for stratum in strata]))
 
 
 def total_variation(a: Mapping[str, int], b: Mapping[str, int]) -> float:

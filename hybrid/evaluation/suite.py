@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hybrid.errors import DataError
-from hybrid.evaluation import report
+from hybrid.evaluation import folder, report
 from hybrid.evaluation.asking import Asker, Offer, chosen_arms
 from hybrid.evaluation.leaks import mark_leaks
-from hybrid.evaluation.report import Measured
+from hybrid.evaluation.measured import AUTO, Measured
 from hybrid.evaluation.runner import Job, Ledger, Progress, jobs_for, run, sample, token_limit
 from hybrid.evaluation.tasks import DevSplit, Learnable, Task, TestSplit, read_split, read_task
 from hybrid.rooms import Home
@@ -171,7 +172,7 @@ def _jobs(suite: Suite, subject: Subject, offer: Offer) -> list[Job]:
 
 def _foreign(arm: str, task: Task, offer: Offer) -> bool:
     """Whether an arm's adapter was trained for another task."""
-    adapter = None if arm == report.AUTO else Arm.parse(arm).adapter
+    adapter = None if arm == AUTO else Arm.parse(arm).adapter
     if adapter is None:
         return False
     card = offer.adapters.get(adapter, {}).get("card", {})
