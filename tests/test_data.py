@@ -109,8 +109,9 @@ def test_documents_are_cut_into_texts_and_none_stands_on_both_sides(tmp_path: Pa
     assert dev
     assert not train & dev
     assert max(len(t.text) for t in data.texts) < 4 * 1024
-    one = read_dataset(tmp_path / "a.md", group="no such key")
-    assert {t.meta["group"] for t in one.texts} == {"a.md"}
+    one = read_dataset(tmp_path / "a.md")
+    assert one.texts
+    assert one.dev_texts
 
 
 def test_a_json_array_is_read_too(tmp_path: Path) -> None:

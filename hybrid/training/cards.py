@@ -61,7 +61,7 @@ def hub_card(name: str, card: Mapping[str, Any]) -> str:
         "",
         "| | |",
         "|---|---|",
-        *(f"| {label} | {said} |" for label, said in _facts(card) if said),
+        *(f"| {label} | {said} |" for label, said in facts(card) if said),
         "",
         *(["![Training and dev loss over the steps](curve.png)", ""] if card["curve"] else []),
         "Meant for requests like those of its task, asked with the same instruction. Elsewhere it may be worse than "
@@ -81,8 +81,8 @@ _KINDS: Mapping[str, tuple[str, str, str]] = {
 }
 
 
-def _facts(card: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The rows of the README's table; an empty one says nothing of this method."""
+def facts(card: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The rows of a card's table; an empty one says nothing of this method."""
     metrics, data, recipe = card["metrics"], card["data"], card["recipe"]
     trained = metrics.get("train_rows", 0)
     yield "rows", f"{trained} trained on, {metrics.get('dev_rows', 0)} measured on"

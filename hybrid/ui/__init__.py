@@ -10,15 +10,20 @@ from hybrid.ui.chat import Chat
 from hybrid.ui.client import Client
 from hybrid.ui.compare import Compare
 from hybrid.ui.guard import Guard
-from hybrid.ui.panels import trouble_line
+from hybrid.ui.house import trouble_line
+from hybrid.ui.jobs import Jobs
+from hybrid.ui.shelf import Shelf
 from hybrid.ui.status import Status
 from hybrid.ui.theme import CSS, TITLE, theme
+from hybrid.ui.train import Train
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
 #: streams and polls of several people at once; a stream holds one place for as long as it lasts
 CONCURRENCY = 64
+#: an upload whose page went away before it was sent on
+_STALE_S = 3600
 
 
 def build_ui(base_url: str | None, settings: Settings) -> Any:
@@ -26,7 +31,7 @@ def build_ui(base_url: str | None, settings: Settings) -> Any:
     import gradio as gr
 
     client = Client(base_url or f"http://{settings.server.host}:{settings.server.port}")
-    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(_STALE_S, _STALE_S)) as page:
         line = gr.HTML(trouble_line("Looking for the gateway…"), apply_default_css=False)
         key = gr.Textbox(
             label="API key",
@@ -35,14 +40,21 @@ def build_ui(base_url: str | None, settings: Settings) -> Any:
             visible=False,
             elem_id="hy-key",
         )
-        with gr.Tab("Chat"):
+        with gr.Tab("Chat") as chatting:
             chat = Chat(client, settings, key)
-        with gr.Tab("Compare"):
+        with gr.Tab("Compare") as comparing:
             compare = Compare(client, settings, key)
-        with gr.Tab("Adapters"):
-            table = gr.HTML("", apply_default_css=False)
+        with gr.Tab("Adapters") as adapters, gr.Row():
+            with gr.Column(scale=3, min_width=320):
+                shelf = Shelf(client, key)
+                corpora = gr.HTML("", apply_default_css=False)
+            with gr.Column(scale=2, min_width=300):
+                train = Train(client, key)
+                jobs = Jobs(client, key, shelf.seen, train.started)
+        jobs.watch_tabs(adapters, [chatting, comparing])
         _remember(page, key)
-        Status(client, line=line, table=table, key=key, pickers=[chat.model, *compare.models]).poll(page)
+        screen = [line, shelf.table, corpora, jobs.table, shelf.seen, jobs.seen]
+        Status(client, screen=screen, key=key, pickers=[chat.model, *compare.models]).poll(page)
     page.queue(default_concurrency_limit=CONCURRENCY, api_open=False)
     return page
 
@@ -70,7 +82,7 @@ def mount_ui(app: FastAPI, settings: Settings, base_url: str | None = None) -> N
         show_error=False,
         allowed_paths=[],
         blocked_paths=[str(settings.rooms.root), str(settings.cache)],
-        max_file_size="1mb",
+        max_file_size=settings.server.max_file_bytes,
     )
     face = app.routes[-1]
     face.app = Guard(face.app)  # type: ignore[attr-defined]

@@ -7,7 +7,9 @@ import binascii
 import contextlib
 import json
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 
@@ -17,8 +19,11 @@ from hybrid.types import JSON
 #: a chunk that carries the passages is one line of a stream
 _LINE_BYTES = 4 << 20
 _SHORT = aiohttp.ClientTimeout(total=10)
+#: for what waits: an engine that loads, a step that ends, rows that are looked through
+_LONG = aiohttp.ClientTimeout(total=120)
 #: no limit on the whole: the gateway has its own, and says so
 _STREAM = aiohttp.ClientTimeout(total=None, sock_connect=10)
+_JOBS = "/v1/fine_tuning/jobs"
 _LEAVES: Mapping[int, type[HybridError]] = {
     401: Unauthorized,
     403: Forbidden,
@@ -64,6 +69,50 @@ class Client:
         """Says how good an answer was, 0 to 1."""
         await self._json("POST", "/v1/feedback", key, {"decision_id": decision_id, "score": score})
 
+    async def adapter(self, key: str, name: str, verb: str, body: JSON) -> JSON:
+        """`POST /v1/adapters/{name}/…`: promote, rollback or retire."""
+        return await self._json("POST", f"/v1/adapters/{quote(name, safe='')}/{verb}", key, body, _LONG)
+
+    async def upload(self, key: str, path: Path) -> JSON:
+        """Sends a file to train on, under its own name; the object `file`."""
+        form = aiohttp.FormData()
+        form.add_field("purpose", "fine-tune")
+        with _unreachable(), path.open("rb") as file:
+            form.add_field("file", file, filename=path.name)
+            async with (
+                aiohttp.ClientSession(self.base_url, timeout=_STREAM) as session,
+                session.post("/v1/files", data=form, headers=_headers(key)) as response,
+            ):
+                return await _answer(response)
+
+    async def check(self, key: str, file_id: str) -> JSON:
+        """What training would make of an upload."""
+        return await self._json("GET", f"/v1/files/{file_id}/check", key, patience=_LONG)
+
+    async def train(self, key: str, body: JSON) -> JSON:
+        """Orders a fine-tuning job."""
+        return await self._json("POST", _JOBS, key, body)
+
+    async def job(self, key: str, job_id: str) -> JSON:
+        """A job of the caller's."""
+        return await self._json("GET", f"{_JOBS}/{job_id}", key)
+
+    async def steer(self, key: str, job_id: str, verb: str) -> JSON:
+        """Pauses, resumes or cancels a job, and waits for it as long as the gateway does."""
+        return await self._json("POST", f"{_JOBS}/{job_id}/{verb}", key, {}, _LONG)
+
+    async def events(self, key: str, job_id: str, *, newer_than: int = 0) -> list[JSON]:
+        """The events of a job after the one numbered `newer_than`, oldest first."""
+        found: list[JSON] = []
+        after = ""
+        while True:
+            page = await self._json("GET", f"{_JOBS}/{job_id}/events?limit=500{after}", key)
+            fresh = [event for event in page["data"] if event_number(event) > newer_than]
+            found += fresh
+            if len(fresh) < len(page["data"]) or not page["has_more"]:
+                return found[::-1]
+            after = f"&after={page['last_id']}"
+
     @contextlib.asynccontextmanager
     async def chat(self, key: str, body: JSON) -> AsyncIterator[tuple[Mapping[str, str], AsyncIterator[JSON]]]:
         """A streamed chat completion: the response's headers and its chunks. Leaving the block ends the work."""
@@ -75,15 +124,20 @@ class Client:
                 await _raise_for(response)
                 yield response.headers, _chunks(response)
 
-    async def _json(self, method: str, path: str, key: str, body: JSON | None = None) -> JSON:
+    async def _json(
+        self, method: str, path: str, key: str, body: JSON | None = None, patience: aiohttp.ClientTimeout = _SHORT
+    ) -> JSON:
         with _unreachable():
             async with (
-                aiohttp.ClientSession(self.base_url, timeout=_SHORT) as session,
+                aiohttp.ClientSession(self.base_url, timeout=patience) as session,
                 session.request(method, path, json=body, headers=_headers(key)) as response,
             ):
-                await _raise_for(response)
-                answer: JSON = await response.json(content_type=None)
-                return answer
+                return await _answer(response)
+
+
+def event_number(event: JSON) -> int:
+    """What orders the events of a job."""
+    return int(str(event["id"]).rpartition("-")[2])
 
 
 def _headers(key: str) -> dict[str, str]:
@@ -97,6 +151,12 @@ def _unreachable() -> Any:
         yield
     except (aiohttp.ClientError, TimeoutError) as error:
         raise NotReady("The gateway does not answer. Is it stopping? Reload the page in a moment.") from error
+
+
+async def _answer(response: aiohttp.ClientResponse) -> JSON:
+    await _raise_for(response)
+    answer: JSON = await response.json(content_type=None)
+    return answer
 
 
 async def _raise_for(response: aiohttp.ClientResponse) -> None:

@@ -24,14 +24,16 @@ _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 ]
-#: reading files, taking uploads, fetching addresses, editing code: this page does none of it
+#: reading files, fetching addresses, editing code: this page does none of it
 _CLOSED = tuple(
     f"/gradio_api/{name}"
     for name in (
-        "file", "upload", "proxy", "stream", "custom_component", "component_server", "process_recording", "deep_link",
+        "file", "proxy", "stream", "custom_component", "component_server", "process_recording", "deep_link",
         "run-history", "vibe", "undo-vibe", "dev",
     )
 )  # fmt: skip
+#: training files come in here, posted by the page itself; what was uploaded is sent on, and never read back
+_UPLOAD, _PROGRESS = "/gradio_api/upload", "/gradio_api/upload_progress"
 #: an API path that no route answered is the API's 404, not the page's
 _API = ("/v1/", "/metrics", "/livez", "/readyz")
 
@@ -47,7 +49,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if scope["path"].startswith(_CLOSED + _API):
+        if scope["path"].startswith(_CLOSED + _API) or not _is_ours(scope):
             raise HTTPException(404)
 
         async def guarded(message: Message) -> None:
@@ -56,3 +58,12 @@ class Guard:
             await send(message)
 
         await self.app(scope, receive, guarded)
+
+
+def _is_ours(scope: Scope) -> bool:
+    """Whether an upload is posted by this page, and not by another that is open in the same browser."""
+    path = scope["path"]
+    if not path.startswith(_UPLOAD) or path == _PROGRESS:
+        return True
+    site = dict(scope["headers"]).get(b"sec-fetch-site", b"none")
+    return path == _UPLOAD and scope["method"] == "POST" and site in (b"same-origin", b"none")

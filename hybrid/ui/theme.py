@@ -73,7 +73,18 @@ CSS = """
 .hy-table th { text-align: left; font-weight: 500; font-size: .78rem; color: var(--body-text-color-subdued); }
 .hy-table :is(th, td) { padding: .45rem .9rem .45rem 0 !important; border-bottom: 1px solid var(--border-color-primary);
   vertical-align: top; }
-.hy-table td small { display: block; min-width: 11rem; }
+.hy-table td small { display: block; min-width: 9rem; }
+.hy-table tr[data-pick] { cursor: pointer; }
+.hy-table tr[data-pick]:hover td { background: color-mix(in srgb, var(--color-accent) 6%, transparent); }
+.hy-table tr.hy-picked td { background: color-mix(in srgb, var(--color-accent) 12%, transparent); }
+.hy-pick { font-weight: 600; text-align: left; overflow-wrap: anywhere; }
+.hy-pick:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 2px; border-radius: 4px; }
+.hy-long { display: block; width: 100%; }
+.hy-panel h4 small, .hy-about { color: var(--body-text-color-subdued); font-weight: 400; }
+.hy-about { font-size: .84rem; }
+.hy-ask { margin: .6rem .2rem; }
+.hy-sure { align-items: center; }
+#hy-card table { width: 100%; font-size: .86rem; }
 
 #hy-window { height: calc(100vh - 21rem) !important; min-height: 20rem; }
 #hy-window .placeholder-content { padding: 1.5rem; }
