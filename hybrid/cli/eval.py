@@ -19,8 +19,8 @@ from hybrid.cli.say import bar, data, say, text
 from hybrid.errors import BadRequest
 from hybrid.evaluation.asking import GatewayAsker, Offer, Remembered, ServerAsker, shown_settings
 from hybrid.evaluation.inventory import home_offer
-from hybrid.evaluation.report import markdown
 from hybrid.evaluation.suite import Subject, Suite, measure_suite, read_suite, subjects, unanswered
+from hybrid.evaluation.words import markdown
 from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.search import Library
 from hybrid.lifecycle.suite_adapters import prepare
@@ -67,7 +67,9 @@ def evaluate(
         _tell(home.plan(suite, found, out), json_)
         return
     home.prepare(suite, found)
-    report = home.remembered(suite, found, out) or asyncio.run(_measure(settings, model, suite, found, out, texts))
+    report = home.remembered(suite, found, out, texts) or asyncio.run(
+        _measure(settings, model, suite, found, out, texts)
+    )
     if json_:
         data(report)
     else:
@@ -101,14 +103,14 @@ class _Home:
         with bar() as tell, closing(self._library()) as library:
             prepare(suite, found, settings=self.settings, model=self.model, store=store, library=library, tell=tell)
 
-    def remembered(self, suite: Suite, found: Sequence[Subject], out: Path) -> JSON | None:
+    def remembered(self, suite: Suite, found: Sequence[Subject], out: Path, texts: bool) -> JSON | None:
         """The report of a run whose outcomes are all kept already: nothing is started for it."""
         if self.settings.engine.kind.startswith("http") or reach.find(self.settings.rooms.server_file) is not None:
             return None  # what is offered there is asked there
         offer = self._offer(found)
         if unanswered(suite, found, offer, out):
             return None
-        return asyncio.run(measure_suite(suite, found, Remembered(offer), out, self.settings.rooms))
+        return asyncio.run(measure_suite(suite, found, Remembered(offer), out, self.settings.rooms, texts=texts))
 
     def plan(self, suite: Suite, found: Sequence[Subject], out: Path) -> Plan:
         """What a run would do."""
@@ -149,7 +151,7 @@ async def _measure(
         if server is not None:
             async with server.connect() as session:
                 asker = ServerAsker(session, shown_settings(settings), model.sha256)
-                return await measure_suite(suite, found, asker, out, settings.rooms, told)
+                return await measure_suite(suite, found, asker, out, settings.rooms, told, texts=texts)
         say("No server runs in this home; starting an engine for this run (`hybrid serve` keeps it running).")
         patient = settings.gate.model_copy(update={"deadline_ms": _GATE_DEADLINE_MS})
         async with open_gateway(settings.model_copy(update={"gate": patient}), progress) as gateway:
@@ -158,4 +160,6 @@ async def _measure(
             await wait_ready(gateway, settings.engine.start_timeout_s, progress)
             if not suite.arms or {arm.partition(":")[0] for arm in suite.arms} - _WITHOUT_EMBEDDER:
                 await gateway.embed(["."])  # loaded now, so that no answer's latency holds its start
-            return await measure_suite(suite, found, GatewayAsker(gateway, model.sha256), out, settings.rooms, told)
+            return await measure_suite(
+                suite, found, GatewayAsker(gateway, model.sha256), out, settings.rooms, told, texts=texts
+            )

@@ -129,9 +129,19 @@ def _known(task: Task) -> list[Learnable]:
 
 
 async def measure_suite(
-    suite: Suite, found: Sequence[Subject], asker: Asker, out: Path, rooms: Home, progress: Progress | None = None
+    suite: Suite,
+    found: Sequence[Subject],
+    asker: Asker,
+    out: Path,
+    rooms: Home,
+    progress: Progress | None = None,
+    *,
+    texts: bool = True,
 ) -> JSON:
-    """Asks everything, writes the report folder, and returns the report. A run that was killed goes on."""
+    """Asks everything, writes the report folder, and returns the report. A run that was killed goes on.
+
+    Without `texts` the folder ends up with ids, scores and pictures alone.
+    """
     offer = await asker.offer()
     jobs = questions(suite, found, offer)
     ledger = Ledger(out)
@@ -144,9 +154,10 @@ async def measure_suite(
     tasks = [_measured(subject, jobs, outcomes) for subject in found]
     gate = offer.status["gate"].get("version")
     base = str(offer.status["engine"]["model"])
-    written = report.build(suite.name, suite.split, tasks, base_model=base, gate=f"gate@{gate}" if gate else "")
+    named = f"gate@{gate}" if gate else ""
+    written = report.build(suite.name, suite.split, tasks, base_model=base, gate=named, adapters=offer.adapters)
     mark_leaks(written, {s.task.name: (s.task, s.split.examples) for s in found}, outcomes, rooms)
-    report.write(out, written)
+    await asyncio.to_thread(folder.write, out, written, tasks, texts=texts)
     return written
 
 
