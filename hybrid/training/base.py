@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("hybrid.training")
 
 
-def load_base(files: ModelFiles, precision: str, **options: Any) -> tuple[Any, Any]:
-    """(model, tokenizer) in the precision of the recipe; `options` go to transformers.
+def load_base(files: ModelFiles, precision: str, *, device: str = "", **options: Any) -> tuple[Any, Any]:
+    """(model, tokenizer) in the precision of the recipe, on the GPU if there is one; `options` go to transformers.
 
     Raises SetupError when transformers cannot open it.
     """
@@ -42,7 +42,7 @@ def load_base(files: ModelFiles, precision: str, **options: Any) -> tuple[Any, A
         )
     except (OSError, ValueError) as error:
         raise SetupError(f"The base model {files.name} cannot be opened for training: {error}.") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False), tokenizer
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).requires_grad_(False), tokenizer
 
 
 def stops(model: Any) -> list[int]:

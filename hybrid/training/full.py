@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid.errors import BadRequest
-from hybrid.training.base import forward_of
+from hybrid.training.base import forward_of, load_base
 from hybrid.training.batches import Pack
 from hybrid.training.job import Fitted, Job
 from hybrid.training.lora import opened
 from hybrid.training.objective import Forward
 from hybrid.training.rates import block_of, depth_of, groups, token_tables
+from hybrid.training.shard import in_team, spread
 from hybrid.training.supervised import Learner, fit_answers
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ def _fit(job: Job, choose: Callable[[Any], set[str]]) -> Fitted:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     model.train()
+    if job.recipe.shard:
+        spread(model, job.watch.team, dtype)
     _, tables = token_tables(model)
 
     def rate(_name: str, parameter: Tensor) -> float:
@@ -75,8 +78,15 @@ def _fit(job: Job, choose: Callable[[Any], set[str]]) -> Fitted:
             parameter.data = parameter.data.to(dtype)
         return replace(learner, finish=None)
 
+    if job.recipe.shard:  # its own mixed precision, and nothing left to finish: it is measured as it will be saved
+        learner = in_team(learner, job.watch.team, train, partial(_anew, job), lambda m, f: _save(m, tokenizer, f))
+        return fit_answers(job, learner, train, dev)
     forward = forward_of(model) if dtype == torch.float32 else _mixed(model, dtype)
     return fit_answers(job, replace(learner, finish=finish), train, dev, forward=forward)
+
+
+def _anew(job: Job) -> Any:
+    return load_base(job.model, job.recipe.precision, device="cpu")[0]
 
 
 def _mixed(model: Any, dtype: Any) -> Forward:

@@ -13,9 +13,10 @@ from hybrid.errors import BadRequest
 from hybrid.training.batches import Sized, batches
 from hybrid.training.checkpoints import Checkpoint, Checkpoints
 from hybrid.training.control import RUN, Control, Stopped
+from hybrid.training.memory import EVERY, give_back
 from hybrid.training.objective import Objective
 from hybrid.training.recipes import Recipe
-from hybrid.training.team import Team
+from hybrid.training.team import Team, placed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -157,7 +158,8 @@ class _Run:
         recipe, team = self._recipe, self._watch.team
         rows = [row for batch in islice(self._feed, recipe.accumulate) for row in batch]
         share = team.share(rows)
-        loss = self._objective.backward(share, 1 / self._objective.weight(rows)) if share else 0.0
+        due = share or recipe.shard  # a split model needs every process, whether it has rows or not
+        loss = self._objective.backward(share, 1 / self._objective.weight(rows)) if due else 0.0
         (loss,) = team.sum(loss)
         if not math.isfinite(loss):
             raise BadRequest(
@@ -172,6 +174,8 @@ class _Run:
         self._losses.append(loss)
         self.report.steps = step
         self.report.tokens += sum(row.length for row in rows)
+        if step % EVERY == 0:
+            give_back()
         self._tell(step, loss)
 
     def _tell(self, step: int, loss: float) -> None:
@@ -187,7 +191,7 @@ class _Run:
     def _dev_loss(self) -> float:
         share = self._watch.team.share(self._dev)
         total, weight = self._watch.team.sum(
-            self._objective.total(share) if share else 0.0, self._objective.weight(share)
+            self._objective.total(share) if share or self._recipe.shard else 0.0, self._objective.weight(share)
         )
         return total / weight
 
@@ -212,14 +216,16 @@ class _Run:
         import torch
 
         began = time.monotonic()
+        team = self._watch.team
         tensors: dict[str, Tensor] = {"rng": torch.get_rng_state(), **self._best.tensors()}
         for n, parameter in enumerate(self._parameters):
             tensors[f"weight.{n}"] = parameter
             for key, value in self._optimiser.state.get(parameter, {}).items():
                 tensors[f"{key}.{n}"] = value
+        tensors = team.gather(tensors)
         self._report_time(began)
         state = {"report": asdict(self.report), "losses": self._losses[-64:], "best": self._best.state()}
-        if self._watch.team.leads:
+        if team.leads:
             path = self._watch.checkpoints.save(step, tensors, state)
             dev_loss = self.report.curve[-1]["dev_loss"] if self.report.curve else None
             self._watch.progress(checkpoint=step, path=str(path), loss=self._losses[-1], dev_loss=dev_loss)
@@ -251,11 +257,11 @@ class _Run:
 def restore(optimiser: AdamW, parameters: Sequence[Tensor], found: Checkpoint) -> None:
     """Copies weights and moments into place."""
     for n, parameter in enumerate(parameters):
-        parameter.data.copy_(found.tensors[f"weight.{n}"])
+        parameter.data.copy_(placed(found.tensors[f"weight.{n}"], parameter))
         moments = {key: found.tensors.get(f"{key}.{n}") for key in ("step", "exp_avg", "exp_avg_sq")}
         if moments["step"] is not None:
             optimiser.state[parameter] = {
-                key: value.to(parameter.device if key != "step" or parameter.is_cuda else "cpu")
+                key: value.to(parameter.device) if key == "step" else placed(value, parameter)
                 for key, value in moments.items()
                 if value is not None
             }
@@ -310,4 +316,4 @@ class _Best:
         self._misses, self.step = state["misses"], state["step"]
         if state["loss"] is not None:
             self._loss = state["loss"]
-            self._kept = [found.tensors[f"best.{n}"].to(p.device) for n, p in enumerate(self._parameters)]
+            self._kept = [placed(found.tensors[f"best.{n}"], p) for n, p in enumerate(self._parameters)]

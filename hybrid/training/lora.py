@@ -6,6 +6,7 @@ PEFT makes the layers, names them and saves them; the forward and backward of a 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from hybrid.training.kernels import fast_linear
 from hybrid.training.loop import Group
 from hybrid.training.rates import groups
 from hybrid.training.recipes import Recipe
+from hybrid.training.shard import in_team, needs_team, spread
 from hybrid.training.start import take_up
 from hybrid.training.supervised import Learner, fit_answers
 
@@ -53,17 +55,32 @@ def fit_at(job: Job, b_rate: float = 1.0) -> Fitted:
     model = adapted(base, job.recipe, job.model.name)
     take_up(model, job)
     text = canary_text(job, tokenizer)
-    learner = Learner(
-        model, lora_groups(model, job.recipe, b_rate), lambda folder: save_adapter(model, tokenizer, text, folder)
-    )
+
+    def save(model: Any, folder: Path) -> dict[str, Any]:
+        return save_adapter(model, tokenizer, text, folder)
+
+    def anew() -> Any:
+        return adapted(load_base(job.model, job.recipe.precision, device="cpu")[0], job.recipe, job.model.name)
+
+    if job.recipe.shard:
+        spread(model, job.watch.team)
+    learner = Learner(model, lora_groups(model, job.recipe, b_rate), partial(save, model))
+    if job.recipe.shard:
+        learner = in_team(learner, job.watch.team, train, anew, save)
     return fit_answers(job, learner, train, dev)
 
 
 def opened(job: Job, **options: Any) -> tuple[Any, Any, list[Encoded], list[Encoded]]:
-    """(base, tokenizer, training rows, dev rows) of a job, the random numbers seeded."""
+    """(base, tokenizer, training rows, dev rows) of a job, the random numbers seeded.
+
+    A base that is to be split stays on the CPU until then. Raises BadRequest where there is nobody to split it with.
+    """
     import torch
 
     torch.manual_seed(job.recipe.seed)
+    if job.recipe.shard:
+        needs_team(job.watch.team)
+        options["device"] = "cpu"
     base, tokenizer = load_base(job.model, job.recipe.precision, **options)
     return base, tokenizer, *encoded(tokenizer, job.data, job.recipe, stops(base))
 

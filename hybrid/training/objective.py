@@ -67,11 +67,11 @@ class Measured:
 def measure(
     forward: Forward, rows: Sequence[Encoded], cut: Callable[[Sequence[Encoded]], Iterable[Pack]] = packs
 ) -> Measured:
-    """Mean loss in nats an answer token, the share of tokens right, the share of answers right throughout."""
+    """Mean loss in nats an answer token, the share of tokens right, the share of answers all right; 0 of none."""
     import torch
 
     loss = right = whole = 0.0
-    tokens = sum(len(row.answer) for row in rows)
+    tokens = sum(len(row.answer) for row in rows) or 1
     with torch.no_grad():
         for pack in cut(rows):
             logits = forward(pack).float()
@@ -79,5 +79,6 @@ def measure(
             loss += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
             hits = (logits.argmax(-1) == targets).cpu()
             right += float(hits.sum())
-            whole += float(torch.ones(pack.rows).scatter_reduce(0, pack.owners, hits.float(), "amin").sum())
-    return Measured(loss / tokens, right / tokens, whole / len(rows))
+            got = torch.zeros(pack.rows).scatter_reduce(0, pack.owners, hits.float(), "amin", include_self=False)
+            whole += float(got.sum())
+    return Measured(loss / tokens, right / tokens, whole / (len(rows) or 1))

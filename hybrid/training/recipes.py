@@ -45,6 +45,7 @@ ONLY: Mapping[str, tuple[str, ...]] = {
     "teacher_model": ("distill",),
     "distill_temperature": ("distill_logits",),
     "distill_weight": ("distill_logits",),
+    "shard": ("lora", "rslora", "lora_plus", "full", "last_layers"),
     "init_from": ("lora", "rslora", "lora_plus", "pretrain", "dpo", "reward", "raft", "distill", "distill_logits"),
     "measure_on": (
         *_LORA, "ia3", "prompt_tuning", "prefix_tuning", "full", "last_layers",
@@ -97,6 +98,7 @@ class Recipe(BaseModel):
     distill_weight: float = Field(
         0.5, ge=0, le=1, description="the teacher's share of the loss; the rest is the answers'"
     )
+    shard: bool = Field(False, description="split the model over the processes of a team, for one that fits no device")
     init_from: str = Field("", description="the adapter (name@version) whose weights the run starts from")
     rows: int = Field(0, ge=0, description="training rows to learn from, labels in their shares; 0 takes all")
     measure_on: str = Field("", description="another task, whose dev rows are measured before and after")

@@ -15,6 +15,8 @@ from hybrid.training.job import Fitted, Job
 from hybrid.training.loop import Group, Report, optimise
 from hybrid.training.objective import Forward, Measured, NextToken, Objective, measure
 
+#: how rows become forward passes
+Cut = Callable[[Sequence[Encoded]], Iterable[Pack]]
 #: training rows measured at the end, for the gap between what was learned and what carries over
 GAP_ROWS = 200
 
@@ -24,6 +26,7 @@ class Learner:
     """A model of which some parameters learn, and how what they learned is saved.
 
     `finish` makes of it, after training, what is measured and saved: another precision, another base, another kind.
+    `cut` lays out a process's share of a batch, where that is another way than all rows'.
     """
 
     model: Any
@@ -32,6 +35,7 @@ class Learner:
     kind: str = "lora"
     serve_with: str = ""
     finish: Callable[[], Learner] | None = None
+    cut: Cut | None = None
 
 
 def fit_answers(
@@ -42,7 +46,7 @@ def fit_answers(
     *,
     forward: Forward | None = None,
     objective: Objective | None = None,
-    cut: Callable[[Sequence[Encoded]], Iterable[Pack]] = packs,
+    cut: Cut = packs,
 ) -> Fitted:
     """Trains on the answers of `train` and measures on all of `dev`.
 
@@ -55,7 +59,9 @@ def fit_answers(
         return measure(answers, rows, cut)
 
     elsewhere = measured_elsewhere(job, learner.model, look)
-    report = optimise(objective or NextToken(answers, cut), learner.groups, train, dev, job.recipe, job.watch)
+    report = optimise(
+        objective or NextToken(answers, learner.cut or cut), learner.groups, train, dev, job.recipe, job.watch
+    )
     found = run_metrics(report, learner.groups, len(train))
     if learner.finish:
         learner = learner.finish()

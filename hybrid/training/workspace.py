@@ -25,9 +25,11 @@ def workspace(
 ) -> Iterator[Path]:
     """The folder of this run, held by the team's first process; removed when the run ends well, kept when it does not.
 
+    How the weights are split is no part of what a run is: one that was split goes on whole, and the other way round.
     Raises Conflict while another process trains the very same.
     """
-    identity = [name, data.train_sha256, data.dev_sha256, recipe.model_dump(mode="json"), model.sha256]
+    what = recipe.model_dump(mode="json", exclude={"shard"})
+    identity = [name, data.train_sha256, data.dev_sha256, what, model.sha256]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = home.hidden / "training" / f"{name}-{digest}"
     folder.parent.mkdir(parents=True, exist_ok=True)
