@@ -7,7 +7,7 @@ import sys
 import click
 import typer
 
-from hybrid.cli import adapters, advise, ask, bench, data, doctor, eval, index, jobs, keys, serve, tasks, train
+from hybrid.cli import adapters, advise, ask, bench, data, doctor, eval, index, jobs, keys, report, serve, tasks, train
 from hybrid.cli.say import complain
 from hybrid.errors import HybridError
 
@@ -24,6 +24,7 @@ app.command("train")(train.train)
 app.command("eval")(eval.evaluate)
 app.command("advise")(advise.advise)
 app.command("advise-prepare", hidden=True)(advise.prepare_)
+app.command("report")(report.report)
 app.command("index")(index.index)
 app.command("search")(index.search)
 app.command("doctor")(doctor.doctor)

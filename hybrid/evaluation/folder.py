@@ -29,7 +29,7 @@ def write(out: Path, report: JSON, tasks: Sequence[Measured] = (), *, texts: boo
     """
     out.mkdir(parents=True, exist_ok=True)
     rows = [
-        {"task": task.name, "id": e.id, "input": e.input, "reference": e.reference}
+        {"task": task.name, "id": e.id, "instruction": task.instruction, "input": e.input, "reference": e.reference}
         for task in tasks
         for e in task.examples
     ]
@@ -72,7 +72,7 @@ def outcomes(out: Path) -> list[Outcome]:
 
 
 def examples(out: Path) -> list[JSON]:
-    """`{"task", "id", "input", "reference"}` of every example asked; [] in a folder without texts."""
+    """`{"task", "id", "instruction", "input", "reference"}` of every example asked; [] in a folder without texts."""
     return list(_rows(out / EXAMPLES))
 
 

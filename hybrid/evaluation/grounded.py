@@ -40,10 +40,10 @@ def support(answer: str, question: str, passages: Sequence[str]) -> dict[str, fl
 
 
 def _content(tokens: Iterable[str]) -> Iterator[str]:
-    """Words that carry meaning: those that no list of stop words names."""
+    """Words that carry meaning: no numbers, and none that the list of stop words names."""
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-    return (token for token in tokens if token not in ENGLISH_STOP_WORDS)
+    return (token for token in tokens if token not in ENGLISH_STOP_WORDS and not token.isdigit())
 
 
 def _numbers(text: str) -> list[str]:

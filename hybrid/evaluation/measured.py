@@ -21,6 +21,7 @@ class Measured:
     metric: str
     examples: tuple[Example, ...]
     outcomes: Mapping[str, tuple[Outcome, ...]]
+    instruction: str = ""
 
     def scores(self, arm: str) -> dict[str, float]:
         """Example id → score."""

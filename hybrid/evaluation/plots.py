@@ -21,11 +21,11 @@ def pareto_plot(costs: JSON, cost: str, label: str) -> str:
     axes.plot(*zip(*front, strict=True), color=_POINT, linewidth=1, drawstyle="steps-post", alpha=0.6)
     for arm, (x, y) in points.items():
         axes.scatter([x], [y], s=28, color=_GATE if arm == "auto" else _POINT, zorder=3)
-    for arm in _worth_naming(costs, cost):
-        axes.annotate(arm, points[arm], xytext=(5, 4), textcoords="offset points", fontsize=9)
     if min(x for x, _ in points.values()) > 0:
         axes.set_xscale("log")
     axes.margins(x=0.18, y=0.12)
+    for arm in _apart(axes, points, _worth_naming(costs, cost)):
+        axes.annotate(arm, points[arm], xytext=(5, 4), textcoords="offset points", fontsize=10, color=_INK)
     axes.set_xlabel(label)
     axes.set_ylabel("score, the mean over tasks")
     return _svg(figure, f"pareto-{cost}")
@@ -41,6 +41,17 @@ def _worth_naming(costs: JSON, cost: str) -> list[str]:
     first = [arm for arm, row in costs.items() if row[mark] or arm == "auto"]
     rest = sorted((arm for arm in costs if arm not in first), key=lambda arm: -costs[arm]["score"])
     return [*first, *rest[: max(0, _LABELLED - len(first))]]
+
+
+def _apart(axes: Any, points: Mapping[str, tuple[float, float]], names: Sequence[str]) -> list[str]:
+    """The names, in their order, whose labels do not lie on one before them."""
+    axes.autoscale_view()
+    kept: dict[str, tuple[float, float]] = {}
+    for name in names:
+        x, y = axes.transAxes.inverted().transform(axes.transData.transform(points[name]))
+        if all(abs(x - u) > 0.3 or abs(y - v) > 0.05 for u, v in kept.values()):
+            kept[name] = (x, y)
+    return list(kept)
 
 
 def reliability_plot(calibration: JSON) -> str:
@@ -74,7 +85,7 @@ def growth_plot(training: JSON) -> str:
     axes.set_yscale("log")
     axes.set_xlabel("training rows (dashed: predicted)")
     axes.set_ylabel("dev loss, nats a token")
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
     return _svg(figure, "growth")
 
 
@@ -85,7 +96,7 @@ def _line(points: Sequence[Mapping[str, float]]) -> tuple[list[float], list[floa
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.family": "sans-serif", "text.color": _INK, "axes.labelcolor": _INK,
     "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False,
-    "axes.spines.right": False, "legend.labelcolor": _INK,
+    "axes.spines.right": False,
 }  # fmt: skip
 
 

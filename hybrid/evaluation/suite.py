@@ -196,4 +196,5 @@ def _measured(subject: Subject, jobs: Sequence[Job], outcomes: Sequence[Outcome]
         if job.task is subject.task:
             by_arm.setdefault(job.arm, []).append(outcome)
     rows = {arm: tuple(found) for arm, found in by_arm.items()}
-    return Measured(subject.task.name, subject.task.metric, subject.split.examples, rows)
+    task = subject.task
+    return Measured(task.name, task.metric, subject.split.examples, rows, task.instruction)
