@@ -33,6 +33,7 @@ class Journal:
     def add(self, decision: Decision, caller: str) -> None:
         """Records a decision; it can be read back at once."""
         row = {"id": decision.id, "at": time.time(), "caller": caller, "record": decision.wire()}
+        row |= {"vector": decision.vector}
         self._recent[decision.id] = row
         self._pending.append(row)
         while len(self._recent) > self._keep:

@@ -84,6 +84,7 @@ class GateSettings(_Section):
     default_arm: str = Field("prompt", description="answers when the gate cannot")
     abstain_below: float = Field(0.4, ge=0, le=1, description="a narrow arm less likely than this is not taken")
     few_shot_k: int = Field(4, ge=1, le=32)
+    log_vectors: bool = Field(True, description="keep the vector of a routed query, never its words, for drift")
 
 
 class TrainingSettings(_Section):

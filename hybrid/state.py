@@ -23,6 +23,7 @@ from sqlalchemy import (
     Float,
     ForeignKey,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     Table,
@@ -30,6 +31,7 @@ from sqlalchemy import (
     UniqueConstraint,
     create_engine,
     event,
+    func,
     insert,
     inspect,
     select,
@@ -40,7 +42,7 @@ from sqlalchemy.schema import CreateColumn, Index
 from hybrid.errors import SetupError
 
 #: the number of this schema; the first one was written without a number
-SCHEMA = 2
+SCHEMA = 3
 
 schema = MetaData()
 
@@ -78,6 +80,7 @@ decisions = Table(
     Column("at", Float, nullable=False, default=time.time, index=True),
     Column("caller", String, nullable=False),
     Column("record", JSON, nullable=False),
+    Column("vector", LargeBinary),
 )  # fmt: skip
 
 feedback = Table(
@@ -249,6 +252,24 @@ class State:
         if rows:
             with self._engine.begin() as connection:
                 connection.execute(insert(decisions), rows)
+
+    def traffic(self, since: float, until: float, but: str) -> list[dict[str, Any]]:
+        """`{"id", "arm", "vector", "score"}` of the decisions of a time with a vector, of every caller `but` one.
+
+        `score` is the mean of the feedback that a decision got, or None.
+        """
+        score = func.avg(feedback.c.score).label("score")
+        arm = decisions.c.record["arm"].as_string().label("arm")
+        query = (
+            select(decisions.c.id, arm, decisions.c.vector, score)
+            .outerjoin(feedback, feedback.c.decision_id == decisions.c.id)
+            .where(decisions.c.at >= since, decisions.c.at < until, decisions.c.caller != but)
+            .where(decisions.c.vector.is_not(None))
+            .group_by(decisions.c.id)
+            .order_by(decisions.c.at)
+        )
+        with self._engine.connect() as connection:
+            return [dict(row) for row in connection.execute(query).mappings()]
 
     def add_feedback(self, **row: Any) -> None:
         """Stores one feedback row."""

@@ -163,6 +163,8 @@ class Decision:
     adapter: str | None = None  # the immutable name@version that answers
     route_ms: float = 0.0
     neighbours: tuple[Mapping[str, Any], ...] = ()
+    #: the query's unit vector as float16 bytes, for the log alone; None where it was not computed or not to be kept
+    vector: bytes | None = field(default=None, repr=False)
 
     def wire(self) -> JSON:
         """The public record: what `/v1/route` and `/v1/decisions/{id}` return."""

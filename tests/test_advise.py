@@ -4,24 +4,32 @@ nothing moved, named where something did.
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from jobs_kit import COLOURS, make_trainable_home
+from server_kit import make_home, until
 from typer.testing import CliRunner
 
+from hybrid.boot import open_gateway
 from hybrid.cli import app
+from hybrid.errors import DataError
 from hybrid.evaluation.advice import RULES, Ahead, Finding, Measurements, Trained, markdown
 from hybrid.evaluation.advisor import advise
+from hybrid.evaluation.drift import Asked, Known, drift, words
 from hybrid.evaluation.formats import valid
 from hybrid.evaluation.metrics import Example
 from hybrid.lifecycle.advise import ahead
+from hybrid.lifecycle.drift import measure_drift
 from hybrid.lifecycle.scratch import steps_within
 from hybrid.training.recipes import Recipe
-from hybrid.types import Outcome
+from hybrid.types import Message, Outcome, Request
 
 N = 100
 
@@ -40,7 +48,7 @@ def outcomes(arm: str, right: int, *, read: int = 50, written: int = 5, answer: 
             completion_tokens=written,
             calls=1,
             passages=("p1",) if i % 2 else (),
-        )  # fmt: skip
+        )
         for i in range(N)
     ]
 
@@ -285,3 +293,119 @@ def test_a_task_folder_becomes_a_page_of_advice(tmp_path: Path, monkeypatch: pyt
     assert json.loads(again.stdout.splitlines()[-1])["winner"] == told["winner"]
     assert ledger.read_bytes() == before  # nothing was asked again
     assert sorted(p.name for p in kept.iterdir() if p.is_dir()) == ["1", "2"]  # nor trained
+
+
+# --- drift ---------------------------------------------------------------------------------------------------------
+
+DIM = 384
+RNG = np.random.default_rng(3)
+
+
+def cloud(centre: int, n: int, spread: float = 0.04) -> np.ndarray:
+    """Unit vectors around one axis."""
+    rows = np.eye(DIM)[centre] + spread * RNG.standard_normal((n, DIM))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def asked(arm: str, rows: np.ndarray, score: float | None = None) -> list[Asked]:
+    return [Asked(f"dec_{arm}_{i}", arm, row, score) for i, row in enumerate(rows)]
+
+
+KNOWN = {
+    "adapter:bank": Known((cloud(0, 200),)),
+    "adapter:law": Known((cloud(1, 200),)),
+    "prompt": Known((cloud(2, 50),), learned=False),
+}
+
+
+def usual(n: int) -> list[Asked]:
+    return [*asked("adapter:bank", cloud(0, n)), *asked("adapter:law", cloud(1, n)), *asked("prompt", cloud(2, n))]
+
+
+def test_nothing_is_said_where_nothing_moved() -> None:
+    found = drift(usual(60), usual(60), KNOWN)
+    assert found.todo == ()
+    assert {row.arm: row.share for row in found.arms} == {arm: pytest.approx(1 / 3, abs=1e-3) for arm in KNOWN}
+    assert "Nothing has drifted." in words(found, 7)
+    assert found.wire()["drifted"] is False
+
+
+def test_an_adapter_whose_requests_moved_is_named_and_no_other() -> None:
+    rows = cloud(0, 60) + 0.8 * np.eye(DIM, dtype=np.float32)[5]
+    moved = asked("adapter:bank", rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    found = drift([*moved, *asked("adapter:law", cloud(1, 60)), *asked("prompt", cloud(2, 300))], [], KNOWN)
+    assert len(found.todo) == 1
+    assert found.todo[0].startswith("Retrain adapter:bank")
+    bank = next(row for row in found.arms if row.arm == "adapter:bank")
+    assert bank.then is not None
+    assert bank.now is not None
+    assert bank.then - bank.now > 0.05
+
+
+def test_a_difference_too_small_to_matter_is_none() -> None:
+    """So many requests tell the smallest shift; it is no reason to train again."""
+    rows = cloud(0, 1000) + 0.08 * np.eye(DIM, dtype=np.float32)[5]
+    found = drift(asked("adapter:bank", rows / np.linalg.norm(rows, axis=1, keepdims=True)), [], KNOWN)
+    bank = next(row for row in found.arms if row.arm == "adapter:bank")
+    assert bank.p is not None
+    assert bank.p < 0.01
+    assert found.todo == ()
+
+
+def test_new_subjects_are_grouped_and_the_gate_is_named() -> None:
+    new = asked("prompt", np.concatenate([cloud(7, 50), cloud(8, 30)]))
+    found = drift([*usual(60), *new], usual(60), KNOWN)
+    assert [cluster.n for cluster in found.clusters] == [50, 30]
+    assert set(found.clusters[0].ids) <= {f"dec_prompt_{i}" for i in range(50)}
+    assert found.todo[-1].startswith("Retrain the gate: 31% of the requests")
+    assert "group (50)" in found.todo[-1]
+
+
+def test_feedback_that_fell_is_told() -> None:
+    before = asked("adapter:bank", cloud(0, 30), 0.9)
+    found = drift(asked("adapter:bank", cloud(0, 30), 0.4), before, KNOWN)
+    assert [line.split(":")[0] for line in found.todo] == ["Look at adapter"]
+    assert "from 0.90 to 0.40" in found.todo[0]
+
+
+def test_of_few_requests_nothing_is_said() -> None:
+    found = drift(asked("adapter:bank", cloud(9, 5)), [], KNOWN)
+    assert found.todo == ()
+    assert "Too few requests to say." in words(found, 7)
+    assert drift([], [], {}).todo == ()
+
+
+async def test_routed_requests_leave_their_vector_and_evaluations_are_left_out(tmp_path: Path) -> None:
+    settings = make_home(tmp_path, gate={"deadline_ms": 20_000})
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.md").write_text("# Tides\n\nThe moon pulls the sea, and so the tides rise and fall.\n")
+    async with open_gateway(settings) as gateway:
+        await asyncio.to_thread(gateway.library.ingest, "tides", tmp_path / "notes")
+        await until(lambda: gateway.ready()[0] and len(gateway.decider.gate.arms()) > 1)
+        for caller in ("local", "evaluation"):
+            question = Message("user", f"why do tides rise, {caller}?")
+            decision = await gateway.route(Request(id=caller, messages=(question,), caller=caller))
+            assert decision.vector is not None
+            assert "vector" not in decision.wire()
+        gateway.feedback(
+            (await gateway.route(Request(id="x", messages=(Message("user", "tides?"),)))).id, 0.5, "", "local"
+        )
+        gateway.journal.flush()
+        kept = gateway.state.traffic(0, time.time() + 1, "evaluation")
+    assert [row["score"] for row in kept] == [None, 0.5]
+    assert all(len(row["vector"]) == 768 for row in kept)
+    found = await asyncio.to_thread(measure_drift, settings, 1.0)
+    assert (found.n, found.todo) == (2, ())
+    assert {row.arm for row in found.arms} >= {"prompt", "rag:tides"}
+
+
+def test_drift_is_a_word_of_eval_and_suites_are_still_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYBRID_HOME", str(tmp_path))
+    done = CliRunner().invoke(app, ["eval", "drift", "--days", "3", "--json"], catch_exceptions=False)
+    told = json.loads(done.stdout)
+    assert (done.exit_code, told["n"], told["drifted"]) == (0, 0, False)
+    with pytest.raises(DataError, match="nowhere is no task folder"):
+        CliRunner().invoke(app, ["eval", "nowhere", "--out", str(tmp_path / "out")], catch_exceptions=False)
+    with pytest.raises(DataError, match="nowhere is no task folder"):
+        CliRunner().invoke(app, ["eval", "--out", str(tmp_path / "out"), "nowhere"], catch_exceptions=False)
+    assert "--split" in CliRunner().invoke(app, ["eval", "--help"]).stdout

@@ -7,7 +7,7 @@ import sys
 import click
 import typer
 
-from hybrid.cli import adapters, advise, ask, bench, data, doctor, eval, index, jobs, keys, report, serve, tasks, train
+from hybrid.cli import adapters, advise, ask, bench, data, doctor, drift, index, jobs, keys, report, serve, tasks, train
 from hybrid.cli.say import complain
 from hybrid.errors import HybridError
 
@@ -21,13 +21,13 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("ask")(ask.ask)
 app.command("train")(train.train)
-app.command("eval")(eval.evaluate)
 app.command("advise")(advise.advise)
 app.command("advise-prepare", hidden=True)(advise.prepare_)
 app.command("report")(report.report)
 app.command("index")(index.index)
 app.command("search")(index.search)
 app.command("doctor")(doctor.doctor)
+app.add_typer(drift.app, name="eval")
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(keys.app, name="keys")

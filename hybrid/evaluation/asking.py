@@ -119,8 +119,9 @@ def _routed(row: JSON) -> list[Any]:
 
 
 def shown_settings(settings: Settings) -> str:
-    """The settings that change what a model is shown, as one text; how long the gate may take is none of them."""
-    gate = settings.gate.model_dump_json(exclude={"deadline_ms"})
+    """The settings that change what a model is shown, as one text; how long the gate may take and what is
+    logged are none of them."""
+    gate = settings.gate.model_dump_json(exclude={"deadline_ms", "log_vectors"})
     return settings.retrieval.model_dump_json() + gate + settings.system_prompt
 
 

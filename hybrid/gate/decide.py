@@ -11,6 +11,8 @@ import math
 import time
 import uuid
 
+import numpy as np
+
 from hybrid.errors import HybridError
 from hybrid.gate.model import Gate, Scores
 from hybrid.gate.policy import Policy
@@ -42,6 +44,7 @@ class Decider:
             if any(not math.isfinite(score) for score in scores.by_arm.values()):
                 raise ValueError("the gate gave a score that is not a number")
             choice = self._policy.choose(scores, allowed=lambda _arm: True, knobs=request.knobs)
+            vector = self._kept(request.query)
         except HybridError:
             raise  # the request's own fault, and said in words
         except TimeoutError:
@@ -59,6 +62,7 @@ class Decider:
             fallback=choice.fallback,
             route_ms=_since(began),
             neighbours=tuple(scores.neighbours),
+            vector=vector,
         )
 
     def _score(self, query: str) -> Scores:
@@ -66,6 +70,12 @@ class Decider:
             return Scores.only(self.gate.arms())
         vector = self._library.embedder.embed_query(query)
         return self.gate.score(query, vector)
+
+    def _kept(self, query: str) -> bytes | None:
+        """The query's vector as it is logged; the embedder still has it from the scoring."""
+        if not self._settings.log_vectors or len(self.gate.arms()) <= 1:
+            return None
+        return self._library.embedder.embed_query(query).astype(np.float16).tobytes()
 
     def _default(self, fallback: str, reason: str, began: float) -> Decision:
         return Decision(

@@ -25,10 +25,13 @@ from hybrid.boot import open_gateway, token_counter
 from hybrid.errors import NotReady, SetupError
 from hybrid.evaluation.advice import Advice, Ahead, Measurements, Trained, markdown
 from hybrid.evaluation.advisor import advise as advised
-from hybrid.evaluation.asking import Asker, GatewayAsker, Offer, ServerAsker
+from hybrid.evaluation.asking import Asker, GatewayAsker, Offer, Remembered, ServerAsker, shown_settings
+from hybrid.evaluation.inventory import home_offer
 from hybrid.evaluation.metrics import Example
-from hybrid.evaluation.runner import Ledger, jobs_for, run, sample, token_limit
+from hybrid.evaluation.runner import Job, Ledger, jobs_for, run, sample, token_limit
 from hybrid.evaluation.tasks import Learnable, Task, read_split, read_task
+from hybrid.knowledge.embed import Embedder
+from hybrid.knowledge.search import Library
 from hybrid.lifecycle.child import run_child
 from hybrid.lifecycle.scratch import Scratch, folder_of, head_recipe, lora_recipe, made, scratch_name
 from hybrid.models import ModelFiles, materialise
@@ -76,8 +79,9 @@ async def advise(settings: Settings, wish: Wish, out: Path, told: Told) -> Advic
     if bench.lora is None or (subject.scratch.closed and bench.head is None) or subject.scratch.corpus:
         await _prepare(settings, subject, told)
         bench = await asyncio.to_thread(_artefacts, settings, subject, model)
-    async with _open_asker(settings, model, subject.task, told) as asker:
-        outcomes, notes = await _ask(settings, model, subject, bench, asker, told)
+    asked = _Questions(settings, model, subject, bench)
+    async with _open_asker(asked, told) as asker:
+        outcomes, notes = await asked.ask(asker, told)
     advice = await asyncio.to_thread(advised, _measurements(subject, bench, outcomes, notes))
     await asyncio.to_thread(_write, out, advice)
     return advice
@@ -173,14 +177,66 @@ def _artefacts(settings: Settings, subject: _Subject, model: ModelFiles) -> _Art
 # --- asking --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Questions:
+    """What is to be asked, of whom ever it is."""
+
+    settings: Settings
+    model: ModelFiles
+    subject: _Subject
+    bench: _Artefacts
+
+    @property
+    def folder(self) -> Path:
+        """Where the answers are kept."""
+        return folder_of(self.settings.rooms, self.subject.scratch.name)
+
+    def jobs(self, offer: Offer) -> list[Job]:
+        """Every arm that is offered, on every example."""
+        task, examples = self.subject.task, self.subject.examples
+        splits: list[Learnable] = [read_split(task, "train"), read_split(task, "dev")]
+        room = token_limit(splits, token_counter(self.model))
+        arms = [arm for arm, name in _arms(self.subject, self.bench).items() if name in offer.models]
+        return [job for arm in arms for job in jobs_for(task, examples, arm, offer, room)]
+
+    def remembered(self) -> Offer | None:
+        """What this home offers, where every answer to it is kept already."""
+        found = materialise(self.settings.embedder, self.settings.cache)
+        library = Library(self.settings.rooms, Embedder(found.path, found.name), self.settings.retrieval)
+        task, state = self.subject.task, State(self.settings.rooms.database)
+        with contextlib.closing(library):
+            offer = home_offer(self.settings, self.model, state, library, {task.name: task.folder})
+        ledger = Ledger(self.folder)
+        return offer if all(ledger.get(job.key) for job in self.jobs(offer)) else None
+
+    async def ask(self, asker: Asker, told: Told) -> tuple[dict[str, list[Outcome]], list[str]]:
+        """The outcomes of every arm that is offered, and a sentence for each that is not."""
+        wanted = _arms(self.subject, self.bench)
+        offer = await _offered(asker, set(wanted.values()), told)
+        jobs = await asyncio.to_thread(self.jobs, offer)
+        ledger = Ledger(self.folder)
+        try:
+            done = await run(asker, jobs, ledger, inflight=INFLIGHT, progress=lambda n, of: told("asking", n, of))
+        finally:
+            ledger.close()
+        outcomes: dict[str, list[Outcome]] = {}
+        for outcome in done:
+            outcomes.setdefault(outcome.arm, []).append(outcome)
+        return outcomes, [_why_missing(arm) for arm, name in wanted.items() if name not in offer.models]
+
+
 @contextlib.asynccontextmanager
-async def _open_asker(settings: Settings, model: ModelFiles, task: Task, told: Told) -> AsyncIterator[Asker]:
-    """The server of this home, or an engine for this run. Raises NotReady."""
+async def _open_asker(questions: _Questions, told: Told) -> AsyncIterator[Asker]:
+    """The server of this home, or an engine for this run, or nobody where there is nothing to ask. Raises NotReady."""
+    settings, task, base = questions.settings, questions.subject.task, questions.model.sha256
     server = reach.find(settings.rooms.server_file)
     if server is not None:
-        shown = settings.retrieval.model_dump_json() + settings.gate.model_dump_json() + settings.system_prompt
         async with server.connect() as session:
-            yield ServerAsker(session, shown, model.sha256)
+            yield ServerAsker(session, shown_settings(settings), base)
+        return
+    offer = await asyncio.to_thread(questions.remembered)
+    if offer is not None:
+        yield Remembered(offer)
         return
     async with open_gateway(settings, told) as gateway:
         gateway.shelves.lend(task.name, task.folder)
@@ -191,29 +247,7 @@ async def _open_asker(settings: Settings, model: ModelFiles, task: Task, told: T
             told(gateway.ready()[1], 0, 1)
             await asyncio.sleep(0.2)
         await gateway.embed(["."])  # loaded now, so that no answer's latency holds its start
-        yield GatewayAsker(gateway, model.sha256)
-
-
-async def _ask(
-    settings: Settings, model: ModelFiles, subject: _Subject, bench: _Artefacts, asker: Asker, told: Told
-) -> tuple[dict[str, list[Outcome]], list[str]]:
-    """The outcomes of every arm that is offered, and a sentence for each that is not."""
-    wanted = _arms(subject, bench)
-    offer = await _offered(asker, set(wanted.values()), told)
-    missing = [arm for arm, model_name in wanted.items() if model_name not in offer.models]
-    arms = [arm for arm in wanted if arm not in missing]
-    splits: list[Learnable] = [read_split(subject.task, "train"), read_split(subject.task, "dev")]
-    room = await asyncio.to_thread(token_limit, splits, token_counter(model))
-    jobs = [job for arm in arms for job in jobs_for(subject.task, subject.examples, arm, offer, room)]
-    ledger = Ledger(folder_of(settings.rooms, subject.scratch.name))
-    try:
-        done = await run(asker, jobs, ledger, inflight=INFLIGHT, progress=lambda n, of: told("asking", n, of))
-    finally:
-        ledger.close()
-    outcomes: dict[str, list[Outcome]] = {}
-    for outcome in done:
-        outcomes.setdefault(outcome.arm, []).append(outcome)
-    return outcomes, [*map(_why_missing, missing)]
+        yield GatewayAsker(gateway, base)
 
 
 def _arms(subject: _Subject, bench: _Artefacts) -> dict[str, str]:
