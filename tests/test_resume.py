@@ -176,7 +176,16 @@ def test_two_processes_make_the_steps_that_one_makes(
 ) -> None:
     """Data parallel under accelerate: the same losses, up to the order of additions."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    argv = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    argv = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     argv += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     argv += ["-m", "hybrid.cli", "train", str(task), "--json", *ARGUMENTS]
     done = subprocess.run(argv, cwd=home, capture_output=True, text=True, check=False, timeout=300)
