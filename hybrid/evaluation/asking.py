@@ -119,8 +119,7 @@ def _routed(row: JSON) -> list[Any]:
 
 
 def shown_settings(settings: Settings) -> str:
-    """The settings that change what a model is shown, as one text; how long the gate may take and what is
-    logged are none of them."""
+    """The settings that change what a model is shown, as one text; the gate's deadline and its log do not."""
     gate = settings.gate.model_dump_json(exclude={"deadline_ms", "log_vectors"})
     return settings.retrieval.model_dump_json() + gate + settings.system_prompt
 

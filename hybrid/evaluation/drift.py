@@ -226,7 +226,7 @@ def _unit(rows: npt.NDArray[np.float64]) -> bool:
 
 def _distances(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     squares = np.einsum("nd,nd->n", rows, rows)
-    return np.maximum(0.0, squares[:, None] + squares[None, :] - 2 * rows @ rows.T)
+    return np.asarray(np.maximum(0.0, squares[:, None] + squares[None, :] - 2 * rows @ rows.T))
 
 
 def _sample(rows: Vectors, rng: np.random.Generator) -> Vectors:
@@ -235,7 +235,7 @@ def _sample(rows: Vectors, rng: np.random.Generator) -> Vectors:
 
 def _nearest(rows: Vectors, others: Vectors) -> npt.NDArray[Any]:
     """The cosine of each row to the nearest of `others`."""
-    return (rows @ others.T).max(axis=1)
+    return np.asarray((rows @ others.T).max(axis=1))
 
 
 def _among(rows: Vectors) -> npt.NDArray[Any]:
@@ -245,7 +245,7 @@ def _among(rows: Vectors) -> npt.NDArray[Any]:
     kept = np.random.default_rng(0).permutation(len(rows))[: 2 * _SAMPLE]
     cosines = rows[kept] @ rows.T
     cosines[np.arange(len(kept)), kept] = -1.0
-    return cosines.max(axis=1)
+    return np.asarray(cosines.max(axis=1))
 
 
 # --- strangers -----------------------------------------------------------------------------------------------------
