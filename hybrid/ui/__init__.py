@@ -44,13 +44,14 @@ def build_ui(base_url: str | None, settings: Settings) -> Any:
             chat = Chat(client, settings, key)
         with gr.Tab("Compare") as comparing:
             compare = Compare(client, settings, key)
-        with gr.Tab("Adapters") as adapters, gr.Row():
+        started = gr.State("")
+        with gr.Tab("Adapters", elem_id="hy-house-tab") as adapters, gr.Row():
             with gr.Column(scale=3, min_width=320):
                 shelf = Shelf(client, key)
+                jobs = Jobs(client, key, shelf.seen, started)
                 corpora = gr.HTML("", apply_default_css=False)
             with gr.Column(scale=2, min_width=300):
-                train = Train(client, key)
-                jobs = Jobs(client, key, shelf.seen, train.started)
+                Train(client, key, started)
         jobs.watch_tabs(adapters, [chatting, comparing])
         _remember(page, key)
         screen = [line, shelf.table, corpora, jobs.table, shelf.seen, jobs.seen]

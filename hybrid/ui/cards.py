@@ -33,8 +33,8 @@ def card_markdown(adapter: JSON) -> str:
         + (f", made with `{card['method']}`" if re.fullmatch(r"[a-z_]+", str(card.get("method"))) else "")
         + (", **in use**: it answers for the bare name" if adapter.get("alias") else ""),
         *[plain(why) for why in _reasons(adapter) if why],
-        *_made(adapter, card),
         *_measured(record),
+        *_made(adapter, card),
         *([f"**Instruction**\n\n> {plain(card['instruction'])}"] if card.get("instruction") else []),
     ]  # fmt: skip
     return "\n\n".join(parts)
@@ -65,8 +65,6 @@ def _measured(record: JSON) -> Iterator[str]:
     if forgetting := record.get("forgetting"):
         rows = [(what, f"{r['before']:.3f}", f"{r['after']:.3f}", r["n"]) for what, r in forgetting.items()]
         yield _grid(("asked elsewhere", "base", "this adapter", "rows"), rows)
-    if record.get("gap") is not None:
-        yield f"Over\\-fitting: its dev loss is {record['gap']:+.4f} nats a token beside its training loss\\."
     if skew := record.get("skew"):
         yield (
             f"Skew, 0 none to 1 all: its answers lie {skew.get('answers', 0):.3f} from the labels it was trained on, "
@@ -100,13 +98,14 @@ def thinned(points: Sequence[Point]) -> list[Point]:
     return [p for n, p in enumerate(points) if p[1] == "dev" or not n % every or n == len(points) - 1]
 
 
-def loss_plot(label: str, **layout: Any) -> Any:
+def loss_plot() -> Any:
     """An empty plot of losses over steps; it is shown once there is something to see."""
     import gradio as gr
 
     return gr.LinePlot(
-        x="step", y="loss", color="of", label=label, height=240, visible=False, x_title="step", y_title="loss",
-        color_map={"training": "#0d9488", "dev": "#d97706"}, color_title=" ", buttons=[], **layout,
+        x="step", y="loss", color="of", label="Loss over the steps: training in teal, dev in amber", height=240, visible=False,
+        x_title="", y_title="", color_map={"training": "#0d9488", "dev": "#d97706"}, colors_in_legend=[],
+        buttons=[],
     )  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def versions_table(status: JSON) -> str:
         "Adapters",
         ("version", "state", "dev loss", "measured"),
         [(version_id(a), _version_row(a)) for a in reversed(status.get("adapters") or [])],
-        "None yet. Train one here, or with `hybrid train DIR`; it appears by itself.",
+        "None yet. Train one here, or with <code>hybrid train DIR</code>; it appears by itself.",
     )
 
 
@@ -77,7 +77,7 @@ def corpora_table(status: JSON) -> str:
         "Corpora",
         ("corpus", *keys[1:]),
         [("", [esc(corpus.get(key, "")) for key in keys]) for corpus in status.get("corpora") or []],
-        "None yet. `hybrid index DIR` makes one; it appears here by itself.",
+        "None yet. <code>hybrid index DIR</code> makes one; it appears here by itself.",
     )
 
 
@@ -163,9 +163,9 @@ def _button(text: object) -> str:
 
 
 def table(title: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], empty: str) -> str:
-    """Rows of ready HTML under a title, each with what it is picked by ("" for one that cannot be)."""
+    """Rows of ready HTML under a title, each with what it is picked by ("" for one that cannot be); `empty` is HTML."""
     if not rows:
-        return f'<div class="hy-house"><h4>{title}</h4><p class="hy-empty">{esc(empty)}</p></div>'
+        return f'<div class="hy-house"><h4>{title}</h4><p class="hy-empty">{empty}</p></div>'
     head = "".join(f'<th scope="col">{esc(h)}</th>' for h in heads)
     body = "".join(_row(pick, cells) for pick, cells in rows)
     return (

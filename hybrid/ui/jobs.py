@@ -55,7 +55,7 @@ class Jobs:
         self.timer = gr.Timer(EVERY_S, active=False)
         with gr.Column(visible=False, elem_id="hy-job") as self.view:
             self.facts = gr.HTML("", apply_default_css=False)
-            self.plot = loss_plot("Loss")
+            self.plot = loss_plot()
             with gr.Row(elem_classes="hy-verbs"):
                 self.verbs = [gr.Button(label, size="sm", min_width=90) for _, label, _ in VERBS]
             self.sure = Sure()
@@ -155,7 +155,7 @@ def how_to_ask(job: JSON, adapters: JSON) -> str:
         return ""
     name, version = job["hybrid"]["adapter"], job["hybrid"]["version"]
     made: JSON = next((a for a in adapters.get("adapters") or [] if version_id(a) == f"{name}@{version}"), {})
-    if made.get("kind", "lora") != "lora":
+    if made.get("kind", "lora") != "lora" or made.get("state") in ("retired", "rejected"):
         return f'<p class="hy-ask">{esc(name)}@{esc(version)}: {esc(made.get("reason") or made["state"])}</p>'
     model = name if made.get("alias") else f"{name}@{version}"
     why = f" It did not take the name: {esc(made['reason'])}" if made.get("reason") and not made.get("alias") else ""

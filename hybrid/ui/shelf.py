@@ -32,8 +32,6 @@ class Shelf:
         self.picked = gr.State("")
         self.table = pick_list("hy-adapters")
         with gr.Column(visible=False, elem_id="hy-card") as self.view:
-            self.card = gr.Markdown("", sanitize_html=True, latex_delimiters=[], container=True)
-            self.plot = loss_plot("Loss over its steps")
             with gr.Row(elem_classes="hy-verbs"):
                 self.verbs = {
                     "promote": gr.Button("Promote", size="sm", min_width=90),
@@ -41,6 +39,8 @@ class Shelf:
                     "retire": gr.Button("Retire", size="sm", min_width=90),
                 }
             self.sure = Sure()
+            self.card = gr.Markdown("", sanitize_html=True, latex_delimiters=[], container=True)
+            self.plot = loss_plot()
         self._wire()
 
     def _wire(self) -> None:

@@ -68,7 +68,7 @@ CSS = """
 .hy-panel summary:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 2px; border-radius: 4px; }
 
 .hy-house { padding: .4rem .1rem; }
-.hy-wide { overflow-x: auto; margin-bottom: 1.6rem; }
+.hy-wide { overflow-x: auto; margin-bottom: .6rem; }
 .hy-table { width: 100%; border-collapse: collapse; font-size: .88rem; }
 .hy-table th { text-align: left; font-weight: 500; font-size: .78rem; color: var(--body-text-color-subdued); }
 .hy-table :is(th, td) { padding: .45rem .9rem .45rem 0 !important; border-bottom: 1px solid var(--border-color-primary);
@@ -84,7 +84,13 @@ CSS = """
 .hy-about { font-size: .84rem; }
 .hy-ask { margin: .6rem .2rem; }
 .hy-sure { align-items: center; }
-#hy-card table { width: 100%; font-size: .86rem; }
+#hy-house-tab .html-container { padding: 0 !important; }
+#hy-house-tab .hy-table td:first-child { min-width: 8rem; }
+#hy-card .prose table { width: 100%; font-size: .84rem; word-break: normal; overflow-wrap: break-word; }
+#hy-card .prose :is(table, tr) { border: 0; }
+#hy-card .prose :is(th, td) { border: 0; border-bottom: 1px solid var(--border-color-primary);
+  padding: .28rem .6rem .28rem 0; vertical-align: top; text-align: left; }
+#hy-card .prose th { font-weight: 600; }
 
 #hy-window { height: calc(100vh - 21rem) !important; min-height: 20rem; }
 #hy-window .placeholder-content { padding: 1.5rem; }

@@ -10,7 +10,6 @@ from hybrid.errors import HybridError
 from hybrid.training.methods import METHODS
 from hybrid.training.recipes import Recipe, parse_sets
 from hybrid.types import JSON
-from hybrid.ui.cards import plain
 from hybrid.ui.client import Client, key_of
 from hybrid.ui.panels import esc
 
@@ -23,17 +22,21 @@ _SHOWN = 5
 
 
 class Train:
-    """The section, wired. `started` carries the id of the job that was ordered last."""
+    """The section, wired. `started` is told the id of the job that was ordered last."""
 
-    def __init__(self, client: Client, key: Any) -> None:
+    def __init__(self, client: Client, key: Any, started: Any) -> None:
         import gradio as gr
 
         self._client, self._key = client, key
         self.file_id = gr.State("")
-        self.started = gr.State("")
-        gr.HTML('<div class="hy-house"><h4>Train on a file</h4></div>', apply_default_css=False)
+        self._started = started
+        gr.HTML(
+            '<div class="hy-house"><h4>Train</h4><p class="hy-empty">on rows (.jsonl, .json) or on a document '
+            "(.txt, .md)</p></div>",
+            apply_default_css=False,
+        )
         self.file = gr.File(
-            label="Rows (.jsonl, .json) or a document (.txt, .md)", file_types=FILE_TYPES, height=130, elem_id="hy-file"
+            label="Training file", show_label=False, file_types=FILE_TYPES, height=120, elem_id="hy-file"
         )
         self.found = gr.HTML("", apply_default_css=False)
         with gr.Row():
@@ -43,7 +46,7 @@ class Train:
         with gr.Accordion("Knobs", open=False):
             with gr.Row():
                 self.knobs = [
-                    gr.Number(label=label, value=None, placeholder=usual, minimum=0, min_width=90)
+                    gr.Textbox(label=label, placeholder=usual, max_length=20, min_width=90)
                     for label, usual in zip(("Epochs", "Rank", "Learning rate"), usual_knobs("lora"), strict=True)
                 ]
             self.more = gr.Textbox(
@@ -62,11 +65,13 @@ class Train:
             return await self._upload(key_of(request, key), path, name)
 
         def choose(method: str) -> list[Any]:
-            return [about(method), *[gr.Number(placeholder=usual) for usual in usual_knobs(method)]]
+            return [about(method), *[gr.Textbox(placeholder=usual) for usual in usual_knobs(method)]]
 
         async def start(
-            request: gr.Request, file_id: str, name: str, method: str, more: str, promote: bool, key: str, *knobs: Any
-        ) -> list[Any]:
+            request: gr.Request, file_id: str, name: str, method: str, more: str, promote: bool, key: str,
+            epochs: str, rank: str, learning_rate: str,
+        ) -> list[Any]:  # fmt: skip
+            knobs = (epochs, rank, learning_rate)
             return await self._start(key_of(request, key), file_id, name, method, more, promote, knobs)
 
         self.file.upload(
@@ -82,7 +87,7 @@ class Train:
         self.start.click(
             start,
             [self.file_id, self.name, self.method, self.more, self.promote, self._key, *self.knobs],
-            [self.said, self.started],
+            [self.said, self._started],
             show_progress="minimal", show_progress_on=[self.said], api_name="train",
         )  # fmt: skip
 
@@ -106,13 +111,13 @@ class Train:
         return [None, row["id"], findings(file.name, found), named, USUAL[found["kind"]], ready, ""]
 
     async def _start(
-        self, key: str, file_id: str, name: str, method: str, more: str, promote: bool, knobs: tuple[Any, ...]
+        self, key: str, file_id: str, name: str, method: str, more: str, promote: bool, knobs: tuple[str, ...]
     ) -> list[Any]:
         import gradio as gr
 
         try:
-            recipe = {key: value for key, value in zip(_KNOBS, knobs, strict=True) if value}
-            recipe |= parse_sets(line for line in more.splitlines() if line.strip())
+            said = [f"{key}={value}" for key, value in zip(_KNOBS, knobs, strict=True) if value.strip()]
+            recipe = parse_sets([*said, *filter(str.strip, more.splitlines())])
             ours: JSON = {"method": method, "promote": promote, **recipe}
             if name.strip():
                 ours["name"] = name.strip()
@@ -125,7 +130,7 @@ class Train:
 def about(method: str) -> str:
     """What there is to know of a method before choosing it."""
     row = METHODS[method]
-    return f"**When** {plain(row.use)}\\. **Costs** {plain(row.cost)}\\. **Served** {plain(row.served)}\\."
+    return f"**When** {row.use}. **Costs** {row.cost}. **Served** {row.served}."
 
 
 def usual_knobs(method: str) -> list[str]:
