@@ -269,7 +269,7 @@ def test_a_task_folder_becomes_a_page_of_advice(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setenv(name, value)
     sets = ["max_steps=6", "eval_every=2", "batch_size=8", "rank=4", "precision=float32"]
     arguments = [word for pair in sets for word in ("--set", pair)]
-    command = ["advise", str(task), "--out", str(tmp_path / "out"), "--json", "--limit", "20", *arguments]
+    command = ["advise", str(task), "--out", str(tmp_path / "out"), "--json", "--limit", "12", *arguments]
     done = CliRunner().invoke(app, command, catch_exceptions=False)
     told = json.loads(done.stdout.splitlines()[-1])
 
@@ -278,7 +278,7 @@ def test_a_task_folder_becomes_a_page_of_advice(tmp_path: Path, monkeypatch: pyt
         "prompt", "few_shot:colours", "head:advise-colours", "rag:colours", "adapter:advise-colours@2",
         "adapter+rag:advise-colours@2:colours",
     }  # fmt: skip
-    assert all(row["n"] == 20 and row["failed"] == 0 for row in arms.values())
+    assert all(row["n"] == 12 and row["failed"] == 0 for row in arms.values())
     assert told["winner"] == "head:advise-colours"
     assert len(told["findings"]) == 5
     curve = next(f for f in told["findings"] if "enough data" in f["question"])
