@@ -15,7 +15,7 @@ _LABELLED = 8
 
 def pareto_plot(costs: JSON, cost: str, label: str) -> str:
     """Score over cost, the front joined by a line. `cost` is "tokens" or "latency_ms"."""
-    figure, axes = _figure(f"pareto-{cost}", (7, 4.2))
+    figure, axes = _figure(f"pareto-{cost}", (5.4, 3.6))
     points = {arm: (_cost(row, cost), row["score"]) for arm, row in costs.items()}
     front = sorted(points[arm] for arm, row in costs.items() if row["pareto" if cost == "tokens" else "fast"])
     axes.plot(*zip(*front, strict=True), color=_POINT, linewidth=1, drawstyle="steps-post", alpha=0.6)
@@ -23,6 +23,7 @@ def pareto_plot(costs: JSON, cost: str, label: str) -> str:
         axes.scatter([x], [y], s=28, color=_GATE if arm == "auto" else _POINT, zorder=3)
     if min(x for x, _ in points.values()) > 0:
         axes.set_xscale("log")
+        _plain(axes.xaxis)
     axes.margins(x=0.18, y=0.12)
     for arm in _apart(axes, points, _worth_naming(costs, cost)):
         axes.annotate(arm, points[arm], xytext=(5, 4), textcoords="offset points", fontsize=10, color=_INK)
@@ -38,8 +39,9 @@ def _cost(row: JSON, cost: str) -> float:
 def _worth_naming(costs: JSON, cost: str) -> list[str]:
     """The front, the gate, and the best of the others."""
     mark = "pareto" if cost == "tokens" else "fast"
-    first = [arm for arm, row in costs.items() if row[mark] or arm == "auto"]
-    rest = sorted((arm for arm in costs if arm not in first), key=lambda arm: -costs[arm]["score"])
+    best = sorted(costs, key=lambda arm: -costs[arm]["score"])
+    first = [arm for arm in best if costs[arm][mark] or arm == "auto"]
+    rest = [arm for arm in best if arm not in first]
     return [*first, *rest[: max(0, _LABELLED - len(first))]]
 
 
@@ -49,7 +51,7 @@ def _apart(axes: Any, points: Mapping[str, tuple[float, float]], names: Sequence
     kept: dict[str, tuple[float, float]] = {}
     for name in names:
         x, y = axes.transAxes.inverted().transform(axes.transData.transform(points[name]))
-        if all(abs(x - u) > 0.3 or abs(y - v) > 0.05 for u, v in kept.values()):
+        if all(abs(x - u) > 0.25 or abs(y - v) > 0.06 for u, v in kept.values()):
             kept[name] = (x, y)
     return list(kept)
 
@@ -83,10 +85,21 @@ def growth_plot(training: JSON) -> str:
         axes.plot(*_line(ahead), marker="o", markersize=4, color=f"C{i}", linestyle="--", alpha=0.6)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    _plain(axes.xaxis)
+    _plain(axes.yaxis)
     axes.set_xlabel("training rows (dashed: predicted)")
     axes.set_ylabel("dev loss, nats a token")
     axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
     return _svg(figure, "growth")
+
+
+def _plain(axis: Any) -> None:
+    """A logarithmic axis that says 200 instead of 2×10²."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _line(points: Sequence[Mapping[str, float]]) -> tuple[list[float], list[float]]:
