@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import click
 import typer
 
 from hybrid.cli import adapters, advise, ask, bench, data, doctor, drift, index, jobs, keys, report, serve, tasks, train
@@ -43,10 +42,11 @@ def main() -> None:
     except HybridError as error:
         complain(error.message)
         code = error.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         complain("Interrupted.")
         code = 130
-    except click.ClickException as error:
-        error.show()
+    except typer.TyperException as error:  # typer's own, since it no longer raises click's
+        show = getattr(error, "show", None)
+        show() if show else complain(str(error))
         code = 2
     sys.exit(code if isinstance(code, int) else 0)
