@@ -52,13 +52,14 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One choice, ready to be sent token by token."""
+    """One choice, ready to be sent token by token; `echoed` are the prompt's tokens where it is to be repeated."""
 
     tokens: tuple[str, ...]
     finish_reason: str
     prompt_tokens: int
     prompt_logprobs: list[dict[str, Any] | None]
     script: Script
+    echoed: tuple[str, ...] = ()
 
 
 def words(text: str) -> list[str]:
@@ -91,7 +92,8 @@ def answers(
     """
     n = body.get("n") or 1
     limit = body.get("max_completion_tokens") or body.get("max_tokens", None if "messages" in body else 16)
-    if limit is not None and (not isinstance(limit, int) or limit < 1):
+    echo = bool(body.get("echo"))
+    if limit is not None and (not isinstance(limit, int) or limit < (0 if echo else 1)):
         raise BadScript(f"max_tokens must be at least 1, got {limit}.")
     out: list[Answer] = []
     for prompt in prompts_of(body):
@@ -103,10 +105,11 @@ def answers(
             )
         question = _question(body, prompt)
         script = read_script(question)
-        tokens, reason = _spoken(body, _say(question, script, adapter), limit or max_model_len - len(seen))
+        room = max_model_len - len(seen) if limit is None else limit
+        tokens, reason = _spoken(body, _say(question, script, adapter), room) if room else ((), "length")
         records = [other.recorded[prompt] for other in loaded if prompt in other.recorded]
         logprobs = _as_recorded(records[0], prompt, adapter) if records else _prompt_logprobs(seen, adapter)
-        out += [Answer(tokens, reason, len(seen), logprobs, script)] * n
+        out += [Answer(tokens, reason, len(seen), logprobs, script, tuple(seen) if echo else ())] * n
     return out
 
 

@@ -24,7 +24,7 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -243,26 +243,32 @@ class Reply(Response):
         return {**self._frame(".chunk"), "choices": [choice]}
 
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        text = "".join(answer.tokens)
+        text = "".join([*answer.echoed, *answer.tokens])
         said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
         prompt = answer.prompt_logprobs if self.asked.get("prompt_logprobs") is not None else None
         return {
             "index": index,
             **said,
-            "logprobs": self._logprobs(list(answer.tokens)),
+            "logprobs": self._logprobs(list(answer.tokens), list(answer.echoed)),
             "finish_reason": answer.finish_reason,
             "stop_reason": None,
             "prompt_logprobs": prompt,
         }
 
-    def _logprobs(self, tokens: list[str]) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: list[str], echoed: Sequence[str] = ()) -> dict[str, Any] | None:
+        """Those of an answer's tokens, after those of a prompt that is repeated, whose first token has none."""
         if self.asked.get("logprobs") in (None, False):
             return None
-        values = [logprob(self.adapter, i, token) for i, token in enumerate(tokens)]
+        values: list[float | None] = [logprob(self.adapter, i, token) for i, token in enumerate([*echoed, *tokens])]
         if self.chat:
             pairs = zip(tokens, values, strict=True)
             return {"content": [{"token": t, "logprob": v, "bytes": None, "top_logprobs": []} for t, v in pairs]}
-        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": None, "text_offset": []}
+        said = [*echoed, *tokens]
+        if echoed:
+            values[0] = None
+        top = [None if value is None else {token: value} for token, value in zip(said, values, strict=True)]
+        offsets = [sum(map(len, said[:i])) for i in range(len(said))]
+        return {"tokens": said, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
 
     def _usage(self) -> dict[str, int]:
         prompt = self.spoken[0].prompt_tokens

@@ -85,7 +85,10 @@ def completion(body: JSON, asker: Asker) -> Asked:
 
 def _asked(body: JSON, asker: Asker, *, messages: tuple[Message, ...] = (), prompt: Any = None) -> Asked:
     sampling = {key: value for key, value in body.items() if key not in _OURS and not _dropped(key)}
-    _check_fields(sampling, _fields(asker.limits))
+    fields = _fields(asker.limits)
+    if prompt is not None and sampling.get("echo") is True:  # it may be the prompt's log-probabilities that are wanted
+        fields = {**fields, "max_tokens": _integer(0)}
+    _check_fields(sampling, fields)
     _check_context(sampling, asker.context)
     grammar.check(sampling)
     stream = body.get("stream") or False
