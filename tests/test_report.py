@@ -304,6 +304,24 @@ def test_a_report_without_texts_holds_none(out: Path) -> None:
     assert "without texts" in str(again.exception)
 
 
+def test_an_evaluation_without_texts_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYBRID_MODEL", make_home(tmp_path).model)
+    monkeypatch.setenv("HYBRID_HOME", str(tmp_path))
+    monkeypatch.setenv("HYBRID_ENGINE__KIND", "scripted")
+    task, out = tmp_path / "colours", tmp_path / "out"
+    task.mkdir()
+    (task / "task.json").write_text(json.dumps({"name": "colours", "metric": "accuracy", "instruction": SECRET}))
+    for split in ("dev", "test"):
+        row = {"id": f"{split}-1", "input": f"{SECRET} {split}", "reference": SECRET}
+        (task / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    args = ["eval", str(task), "--out", str(out), "--arms", "prompt", "--no-texts", "--json"]
+    done = CliRunner().invoke(app, args)
+    assert done.exit_code == 0, done.output
+    assert {p.name for p in out.iterdir()} >= {"report.json", "report.md", "report.html", "outcomes.jsonl"}
+    assert not [p.name for p in out.iterdir() if SECRET in p.read_text()]
+    assert "without texts" in (out / "report.html").read_text()
+
+
 def test_data_cannot_write_into_the_page(tmp_path: Path) -> None:
     example = (Example("e0", "<script>alert(1)</script>", "r"),)
     said = outcome("t", "prompt", 0, 0, answer="<img src=http://127.0.0.1/x>")

@@ -88,7 +88,7 @@ def comparisons(tasks: Sequence[Measured]) -> list[JSON]:
 
 
 def winner(tasks: Sequence[Measured]) -> JSON:
-    """The arm that scores highest over all tasks, beside every other one: whom it beats, and who keeps up with it.
+    """The arm that scores highest over all tasks, beside every other one: whom it beats, and whom it does not.
 
     Corrected for that many comparisons; that the winner was picked by the same scores is not. {} without arms.
     """
@@ -98,12 +98,12 @@ def winner(tasks: Sequence[Measured]) -> JSON:
     means = _means(tasks, arms)
     best = max(means, key=lambda name: (means[name], name != AUTO))
     rows = _corrected(_rows(tasks, arms, best, {}))
-    second = max((row for row in rows), key=lambda row: means[row["b"]], default=None)
+    second = max(rows, key=lambda row: means[row["b"]], default=None)
     return {
         "arm": best,
         "score": round(means[best], 6),
-        "beats": [row["b"] for row in rows if row["verdict"] != NO_DIFFERENCE],
-        "level_with": [row["b"] for row in rows if row["verdict"] == NO_DIFFERENCE],
+        "beats": [row["b"] for row in rows if row["verdict"] == _better(best, row["b"])],
+        "level_with": [row["b"] for row in rows if row["verdict"] != _better(best, row["b"])],
         "second": second,
         "p_holm": max((row["p_holm"] for row in rows), default=None),
     }
@@ -169,5 +169,8 @@ def _corrected(rows: list[JSON]) -> list[JSON]:
 def _verdict(row: JSON) -> str:
     if row["p_holm"] >= 1 - CONFIDENCE:
         return NO_DIFFERENCE
-    ahead, behind = (row["a"], row["b"]) if row["diff"] > 0 else (row["b"], row["a"])
-    return f"{ahead} is better than {behind}"
+    return _better(row["a"], row["b"]) if row["diff"] > 0 else _better(row["b"], row["a"])
+
+
+def _better(a: str, b: str) -> str:
+    return f"{a} is better than {b}"

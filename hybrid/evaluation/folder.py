@@ -51,7 +51,7 @@ def render(out: Path, *, texts: bool = True) -> JSON:
                 _write_rows(out / name, map(_bare, _rows(out / name)))
         (out / EXAMPLES).unlink(missing_ok=True)
     questions = {(row["task"], row["id"]): row for row in _rows(out / EXAMPLES)}
-    page = html(report, outcomes(out), questions if texts else None)
+    page = html(report, outcomes(out), questions or None)
     (out / "report.md").write_text(markdown(report), encoding="utf-8")
     (out / "report.html").write_text(page, encoding="utf-8")
     return report
