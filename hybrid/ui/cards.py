@@ -103,8 +103,8 @@ def loss_plot() -> Any:
     import gradio as gr
 
     return gr.LinePlot(
-        x="step", y="loss", color="of", label="Loss over the steps: training in teal, dev in amber", height=240, visible=False,
-        x_title="", y_title="", color_map={"training": "#0d9488", "dev": "#d97706"}, colors_in_legend=[],
+        x="step", y="loss", color="of", label="Loss over the steps: training in teal, dev in amber", height=240,
+        visible=False, x_title="", y_title="", color_map={"training": "#0d9488", "dev": "#d97706"}, colors_in_legend=[],
         buttons=[],
     )  # fmt: skip
 

@@ -24,18 +24,19 @@ VERBS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """The job that is looked at, and what of its events is known."""
+    """The job that is looked at, and what of its events is known. Unless `picked`, a newer one takes its place."""
 
     job_id: str = ""
     newest: int = 0
     points: tuple[Point, ...] = ()
+    picked: bool = False
 
     def with_events(self, events: Sequence[JSON]) -> "Watch":
         """Knows these too, which are newer."""
         if not events:
             return self
         fresh = curve_points([event["data"] for event in events if event["type"] == "metrics"])
-        return Watch(self.job_id, event_number(events[-1]), (*self.points, *fresh))
+        return Watch(self.job_id, event_number(events[-1]), (*self.points, *fresh), self.picked)
 
 
 class Jobs:
@@ -83,7 +84,7 @@ class Jobs:
             return await self._painted(key_of(request, key), seen, watch, in_sight, adapters)
 
         def pick(event: gr.SelectData) -> list[Any]:
-            return [Watch(str(event.value)), *self.sure.closed()]
+            return [Watch(str(event.value), picked=True), *self.sure.closed()]
 
         async def steer(request: gr.Request, what: JSON | None, key: str) -> list[Any]:
             await self._steer(key_of(request, key), what)
@@ -98,9 +99,11 @@ class Jobs:
 
         self._look = look
         looking: JSON = {"fn": look, "inputs": self._known, "outputs": self._screen, **quiet}
-        gr.on([self.timer.tick, self.seen.change], trigger_mode="once", **looking)
+        gr.on([self.timer.tick, self.table.change], trigger_mode="once", **looking)
         self.table.select(pick, None, [self.watch, *self.sure.outputs], **quiet).then(**looking)
-        self._started.change(lambda job: Watch(job), [self._started], [self.watch], **quiet).then(**looking)
+        self._started.change(lambda job: Watch(job, picked=True), [self._started], [self.watch], **quiet).then(
+            **looking
+        )
         loud: JSON = {"show_progress": "hidden", "api_visibility": "private"}  # a note is shown only from the queue
         for button, (verb, _, _) in zip(self.verbs[:2], VERBS, strict=False):
             button.click(at_once, [self.watch, self._key, gr.State(verb)], None, **loud).then(**looking)
@@ -124,7 +127,8 @@ class Jobs:
         import gradio as gr
 
         still = gr.Timer(active=False)
-        watch = watch if watch.job_id else Watch(newest(seen))
+        if not watch.picked and watch.job_id != (job_id := newest(seen)):
+            watch = Watch(job_id)
         if not watch.job_id or not in_sight:
             return [gr.Column(visible=bool(watch.job_id)), gr.skip(), gr.skip(), watch, still, *[gr.skip()] * 3]
         try:

@@ -53,7 +53,7 @@ class Shelf:
             return [event.value, *self.painted(seen, str(event.value)), *self.sure.closed()]
 
         self.table.select(pick, [self.seen], [self.picked, *screen, *self.sure.outputs], **quiet)
-        self.seen.change(self.painted, [self.seen, self.picked], screen, **quiet)
+        self.table.change(self.painted, [self.seen, self.picked], screen, **quiet)
         for verb, button in self.verbs.items():
             self._ask(button, verb, quiet)
 
