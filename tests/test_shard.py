@@ -100,7 +100,7 @@ def split(environment: None, home: Path, tiny: ModelFiles, task: Path) -> dict[s
     ]
     argv += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     argv += [str(Path(__file__).with_name("shard_team.py")), str(home), str(tiny.path), json.dumps(wanted)]
-    done = subprocess.run(argv, cwd=home, env=os.environ.copy(), capture_output=True, text=True, timeout=90)
+    done = subprocess.run(argv, cwd=home, env=os.environ.copy(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-6000:]
     return dict(zip(names, json.loads((home / "results.json").read_text()), strict=True))
 
