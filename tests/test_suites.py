@@ -163,6 +163,13 @@ def test_a_plan_trains_and_asks_nothing(home: Path, tmp_path: Path) -> None:
     assert "ask adapter: 20 of 20" in text
 
 
+def test_arms_that_need_no_training_get_none(home: Path, tmp_path: Path) -> None:
+    words = ["eval", "small", "--out", str(tmp_path / "out"), "--arms", "prompt,few_shot", "--plan", "--json"]
+    told = json.loads(CliRunner().invoke(app, words).stdout.splitlines()[-1])
+    assert told["adapters"] == {}
+    assert {part["kind"] for part in told["parts"]} == {"prompt", "few_shot"}
+
+
 def test_an_adapter_that_cannot_be_trained_stops_the_suite_with_the_trainers_words(home: Path, tmp_path: Path) -> None:
     bad = home / "eval" / "tasks" / "bad"
     bad.mkdir()

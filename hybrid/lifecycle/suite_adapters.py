@@ -39,6 +39,8 @@ TRAIN_TOKENS_PER_S, DEV_SPEED = 1000.0, 3.0
 #: opening the model, writing the version, checking it; and fitting a head
 _AROUND_S, _HEAD_S = 25.0, 60.0
 _FRAME_TOKENS, _SAMPLED, _DEV_ROWS = 31, 200, 200
+#: the strategies that nothing has to be trained for
+_UNTRAINED = frozenset(["base", "prompt", "few_shot", "rag"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,10 @@ class Order:
 
 
 def orders(suite: Suite, settings: Settings) -> list[Order]:
-    """The adapters of a suite, their recipes checked. Raises DataError, BadRequest, Refused."""
-    found = []
+    """The adapters that the arms of a suite need, their recipes checked. Raises DataError, BadRequest, Refused."""
+    found: list[Order] = []
+    if suite.arms and {arm.partition(":")[0] for arm in suite.arms} <= _UNTRAINED:
+        return found
     for wanted in suite.adapters:
         task = read_task(folder_of(wanted.task, settings))
         name = check_name(wanted.name or task.name)
