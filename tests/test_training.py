@@ -313,7 +313,7 @@ def test_rows_that_do_not_fit_are_an_error_or_are_named(
 
 
 def test_unknown_methods_and_modules_are_refused_by_name(tiny: ModelFiles, data: Dataset) -> None:
-    with pytest.raises(BadRequest, match="use one of .*lora"):
+    with pytest.raises(BadRequest, match=r"use one of .*lora"):
         find_method("magic")
     with pytest.raises(BadRequest, match="target_modules"):
         fit(tiny, data, target_modules=("w_z",))

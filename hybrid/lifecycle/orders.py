@@ -148,9 +148,7 @@ class Orders:
             error.param = param
             raise
         if row["purpose"] != "fine-tune":
-            raise BadRequest(
-                f"{file_id} was uploaded for {row['purpose']!r}; training takes 'fine-tune'.", param=param
-            )
+            raise BadRequest(f"{file_id} was uploaded for {row['purpose']!r}; training takes 'fine-tune'.", param=param)
         return row
 
 
