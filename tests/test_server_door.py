@@ -403,3 +403,11 @@ async def test_garbage_on_the_socket_hurts_nobody(server: Running) -> None:
     ):
         await asyncio.to_thread(throw, raw)
     assert (await server.get("/livez"))[0] == 200
+
+
+async def test_S17_a_page_of_another_site_cannot_post(server: Running) -> None:
+    for path in ("/v1/chat/completions", "/v1/files"):
+        status, answer, _ = await server.post(path, b"{}", sec_fetch_site="cross-site")
+        assert (status, answer["error"]["code"]) == (403, "permission_denied")
+    async with server.http.get(server.url + "/v1/models", headers={"Sec-Fetch-Site": "cross-site"}) as response:
+        assert response.status == 200

@@ -202,6 +202,16 @@ async def test_S17_uploads_come_from_the_page_are_bounded_and_never_read_back(fa
         assert answer.status == 404
 
 
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9/x.jsonl", "https://example.com/x.jsonl", "/etc/passwd"])
+async def test_S17_an_address_or_a_file_of_the_server_is_not_taken_for_an_upload(face: Served, address: str) -> None:
+    file = {"path": address, "url": address, "meta": {"_type": "gradio.FileData"}}
+    async with aiohttp.ClientSession(face.url) as http:
+        async with http.post("/gradio_api/call/upload", json={"data": [file, "", ""]}) as answer:
+            event = (await answer.json())["event_id"]
+        async with http.get(f"/gradio_api/call/upload/{event}") as answer:
+            assert "event: error" in await answer.text()
+
+
 def uploads() -> Path:
     """Where the page keeps what comes in, until it has sent it on."""
     return Path(tempfile.gettempdir(), "gradio")

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hybrid.errors import BadRequest, Draining, HeadersTooLarge, HybridError, Overloaded, TooLarge
+from hybrid.errors import BadRequest, Draining, Forbidden, HeadersTooLarge, HybridError, Overloaded, TooLarge
 from hybrid.server import errors
 from hybrid.server.access import OPEN, Access, challenge
 from hybrid.server.house import Traffic
@@ -126,6 +126,11 @@ class Door:
             raise Draining("The server is shutting down; try again in a few seconds.")
         if not path.startswith("/v1/"):
             return
+        if scope["method"] != "GET" and visit.headers.get(b"sec-fetch-site") == b"cross-site":
+            # a form on a stranger's page may post to a loopback server, and needs nobody's leave for it
+            raise Forbidden(
+                "A page of another site cannot use this server; call it from a program, or from its own page."
+            )
         if visit.headers.get(b"content-encoding", b"identity") != b"identity":
             raise BadRequest("Send the body as it is: compressed bodies are not unpacked.", param="content-encoding")
         limit, setting = self._room(path)

@@ -21,6 +21,21 @@ _KNOBS = ("epochs", "rank", "learning_rate")
 _SHOWN = 5
 
 
+def local_only(file: Any) -> Any:
+    """Gradio's File, for files that were uploaded and no others: it would fetch an address that is sent as one."""
+    import gradio as gr
+
+    move = file.async_move_resource_to_block_cache
+
+    async def local(path: Any) -> Any:
+        if "://" in str(path):
+            raise gr.Error("Upload a file; addresses are not fetched.")
+        return await move(path)
+
+    file.async_move_resource_to_block_cache = local  # a subclass would make Gradio write a file beside this one
+    return file
+
+
 class Train:
     """The section, wired. `started` is told the id of the job that was ordered last."""
 
@@ -35,8 +50,8 @@ class Train:
             "(.txt, .md)</p></div>",
             apply_default_css=False,
         )
-        self.file = gr.File(
-            label="Training file", show_label=False, file_types=FILE_TYPES, height=120, elem_id="hy-file"
+        self.file = local_only(
+            gr.File(label="Training file", show_label=False, file_types=FILE_TYPES, height=120, elem_id="hy-file")
         )
         self.found = gr.HTML("", apply_default_css=False)
         with gr.Row():
