@@ -200,6 +200,7 @@ def test_two_processes_make_the_steps_that_one_makes(
 FULL_DISK = """
 import resource, signal, sys, torch
 from pathlib import Path
+from hybrid.errors import SetupError
 from hybrid.training.checkpoints import Checkpoints
 
 checkpoints = Checkpoints(Path(sys.argv[1]))
