@@ -19,6 +19,7 @@ import torch
 from conftest import hybrid
 from safetensors.torch import load_file
 from tiny_model import make_tiny_model
+from training_kit import two_processes, write_colours
 
 from hybrid.adapters.store import AdapterStore
 from hybrid.knowledge.embed import Embedder
@@ -30,7 +31,6 @@ from hybrid.training.control import RUN, Control, Stopped, Wanted
 from hybrid.training.recipes import parse_sets
 from hybrid.training.run import train
 
-COLOURS = ("red", "green", "blue", "grey")
 SETS = ["rank=4", "alpha=8", "learning_rate=1e-2", "batch_size=8", "precision=float32", "epochs=20", "early_stop=false"]
 ARGUMENTS = [word for pair in SETS for word in ("--set", pair)]
 
@@ -44,13 +44,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "colours"
     folder.mkdir()
-    for split, start, count in (("train", 0, 64), ("dev", 100, 12)):
-        rows = [
-            {"id": f"{split}{n}", "input": f"item {n} is {COLOURS[n % 4]}" + "!" * (n % 5), "reference": COLOURS[n % 4]}
-            for n in range(start, start + count)
-        ]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return write_colours(folder, train=(0, 64), dev=(100, 12))
 
 
 @pytest.fixture
@@ -130,8 +124,10 @@ def test_an_interrupt_saves_and_the_same_command_goes_on_but_not_twice_at_once(
     process = start(home, task)
     read_until(process, 30)
     argv = [sys.executable, "-m", "hybrid.cli", "train", str(task), "--json", *ARGUMENTS]
+    process.send_signal(signal.SIGSTOP)  # or it might be done before the second has started
     second = subprocess.run(argv, cwd=home, capture_output=True, text=True, check=False)
     process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
     _, words = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "same command" in words
@@ -176,18 +172,7 @@ def test_two_processes_make_the_steps_that_one_makes(
 ) -> None:
     """Data parallel under accelerate: the same losses, up to the order of additions."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    argv = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    argv += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    argv += ["-m", "hybrid.cli", "train", str(task), "--json", *ARGUMENTS]
+    argv = two_processes("-m", "hybrid.cli", "train", str(task), "--json", *ARGUMENTS)
     done = subprocess.run(argv, cwd=home, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.strip().splitlines()[-1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from shard_team import run_all
 from tiny_model import make_tiny_model
+from training_kit import two_processes
 from transformers import AutoModelForCausalLM
 
 from hybrid.errors import BadRequest
@@ -88,18 +88,8 @@ def split(environment: None, home: Path, tiny: ModelFiles, task: Path) -> dict[s
     names = [*RECIPES, "by_two", "by_one"]
     wanted = runs(task, names, shard=True)
     wanted[names.index("by_two")]["steps"] = PAUSED["by_two"]
-    argv = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    argv += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    argv += [str(Path(__file__).with_name("shard_team.py")), str(home), str(tiny.path), json.dumps(wanted)]
+    program = str(Path(__file__).with_name("shard_team.py"))
+    argv = two_processes(program, str(home), str(tiny.path), json.dumps(wanted))
     done = subprocess.run(argv, cwd=home, env=os.environ.copy(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-6000:]
     return dict(zip(names, json.loads((home / "results.json").read_text()), strict=True))

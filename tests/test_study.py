@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from conftest import hybrid
 from tiny_model import make_tiny_model
+from training_kit import write_colours
 
 from hybrid.errors import BadRequest
 from hybrid.knowledge.embed import Embedder
@@ -21,7 +22,6 @@ from hybrid.training.loop import Watch
 from hybrid.training.recipes import Recipe
 from hybrid.training.study import predicted, tuned
 
-COLOURS = ("red", "green", "blue", "grey")
 SETS = ["rank=4", "alpha=8", "learning_rate=1e-2", "batch_size=8", "precision=float32", "epochs=2"]
 
 
@@ -29,13 +29,7 @@ SETS = ["rank=4", "alpha=8", "learning_rate=1e-2", "batch_size=8", "precision=fl
 def task(tmp_path: Path) -> Path:
     folder = tmp_path / "colours"
     folder.mkdir()
-    for split, start, count in (("train", 0, 80), ("dev", 100, 12)):
-        rows = [
-            {"id": f"{split}{n}", "input": f"item {n} is {COLOURS[n % 4]}" + "!" * (n % 5), "reference": COLOURS[n % 4]}
-            for n in range(start, start + count)
-        ]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return write_colours(folder, train=(0, 80), dev=(100, 12))
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import torch
 from conftest import hybrid
 from peft import PeftModel
 from tiny_model import make_tiny_model
+from training_kit import write_colours
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid.adapters.preflight import check, read_base
@@ -41,7 +42,6 @@ from hybrid.training.recipes import Recipe
 from hybrid.training.run import train
 from hybrid.types import Message
 
-COLOURS = ("red", "green", "blue", "grey")
 FAST = {"epochs": 4, "learning_rate": 2e-2, "rank": 4, "alpha": 8, "batch_size": 8, "precision": "float32"}
 
 
@@ -68,13 +68,7 @@ def task(tmp_path: Path) -> Path:
     folder.mkdir()
     about = {"name": "colours", "instruction": "Name the colour.", "metric": "accuracy", "license": "CC0-1.0"}
     (folder / "task.json").write_text(json.dumps(about))
-    for split, start, count in (("train", 0, 60), ("dev", 100, 12), ("test", 200, 4)):
-        rows = [
-            {"id": f"{split}{n}", "input": f"item {n} is {COLOURS[n % 4]}" + "!" * (n % 5), "reference": COLOURS[n % 4]}
-            for n in range(start, start + count)
-        ]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return write_colours(folder, train=(0, 60), dev=(100, 12), test=(200, 4))
 
 
 @pytest.fixture

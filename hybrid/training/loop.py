@@ -223,7 +223,7 @@ class _Run:
             for key, value in self._optimiser.state.get(parameter, {}).items():
                 tensors[f"{key}.{n}"] = value
         tensors = team.gather(tensors)
-        self._report_time(began)
+        self.report.seconds = began - self._start
         state = {"report": asdict(self.report), "losses": self._losses[-64:], "best": self._best.state()}
         if team.leads:
             path = self._watch.checkpoints.save(step, tensors, state)
@@ -231,9 +231,6 @@ class _Run:
             self._watch.progress(checkpoint=step, path=str(path), loss=self._losses[-1], dev_loss=dev_loss)
         self._saved = time.monotonic()
         self._save_took = self._saved - began
-
-    def _report_time(self, now: float) -> None:
-        self.report.seconds = now - self._start
 
     def _resume(self) -> int:
         """Puts everything back as the newest checkpoint has it. Returns its step (0: from the start)."""

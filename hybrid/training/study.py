@@ -7,21 +7,21 @@ last finished run.
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hybrid.adapters.kinds import LORA
 from hybrid.errors import BadRequest
 from hybrid.rooms import write_json
 from hybrid.training.checkpoints import Checkpoints
 from hybrid.training.job import Fitted, Job, Method
+from hybrid.training.methods import METHODS
 from hybrid.training.mixture import assemble
 from hybrid.training.recipes import Recipe
 
-log = logging.getLogger("hybrid.training")
 #: shares of the training rows whose dev loss draws the learning curve
 SHARES = (0.1, 0.3, 1.0)
 #: how many times the data the curve is continued to
@@ -75,7 +75,7 @@ def _space(recipe: Recipe) -> dict[str, Any]:
         "learning_rate": optuna.distributions.FloatDistribution(rate / 10, min(rate * 10, 0.5), log=True),
         "batch_size": optuna.distributions.CategoricalDistribution(sorted({max(1, batch // 2), batch, batch * 2})),
     }
-    if "lora" in recipe.method or recipe.method in ("raft", "pretrain", "dpo", "distill", "distill_logits"):
+    if METHODS[recipe.method].makes == LORA:
         space["rank"] = optuna.distributions.CategoricalDistribution(sorted({max(1, recipe.rank // 2), recipe.rank}))
         space["dropout"] = optuna.distributions.CategoricalDistribution(sorted({0.0, 0.05, recipe.dropout}))
     return space
