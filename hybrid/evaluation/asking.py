@@ -24,6 +24,8 @@ from hybrid.settings import Settings
 from hybrid.types import JSON, Arm, Event, Message, Request, Usage, fold
 
 CALLER = "evaluation"
+#: the header by which the owner of a home says that a request measures and is nobody's own
+PURPOSE = "x-hybrid-purpose"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,12 +64,12 @@ class Asker(Protocol):
 class Offer:
     """The models that can be asked for, and the facts by which one state of a home differs from another.
 
-    `status` is what `/v1/status` returns; `settings` are those that change what a model is shown.
+    `status` is what `/v1/status` returns; `settings` are those that change answers, by what reads them.
     """
 
     models: tuple[str, ...]
     status: JSON
-    settings: str
+    settings: JSON
     base: str
 
     @property
@@ -87,9 +89,9 @@ class Offer:
 
     def digest(self, arm: str, task: Task) -> str:
         """Names everything that this arm's answers to this task rest on, besides the question and the decoding."""
-        facts: list[Any] = [self.base, self.settings]
         parsed = None if arm == "auto" else Arm.parse(arm)
         strategy = parsed.strategy if parsed else "auto"
+        facts: list[Any] = [self.base, {name: self.settings[name] for name in _READS.get(strategy, self.settings)}]
         if strategy in ("adapter", "adapter+rag") and parsed and parsed.adapter:
             facts.append(_identity(self.adapters.get(parsed.adapter)))
         if strategy in ("rag", "adapter+rag") and parsed:
@@ -102,7 +104,7 @@ class Offer:
         if strategy == "head" and parsed:
             heads = [r for r in self.status["adapters"] if r["kind"] == HEAD and r["name"] == parsed.args[0]]
             facts += [_identity(row) for row in heads]
-        if strategy not in ("base", "prompt", "few_shot", "rag", "adapter", "adapter+rag", "head"):
+        if strategy not in _READS:
             facts += [[_routed(row) for row in self.status["adapters"]], self.status["corpora"]]
             facts += [self.status["gate"].get("version"), [m for m in self.models if m.startswith("few_shot:")]]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -118,10 +120,26 @@ def _routed(row: JSON) -> list[Any]:
     return [*_identity(row), row["alias"], row["state"] in ("rejected", "retired"), bool(reason)]
 
 
-def shown_settings(settings: Settings) -> str:
-    """The settings that change what a model is shown, as one text; the gate's deadline and its log do not."""
-    gate = settings.gate.model_dump_json(exclude={"deadline_ms", "log_vectors"})
-    return settings.retrieval.model_dump_json() + gate + settings.system_prompt
+#: strategy → the settings that its answers depend on; a strategy that is not here depends on all of them
+_READS: Mapping[str, tuple[str, ...]] = {
+    "base": (),
+    "prompt": ("system_prompt",),
+    "adapter": (),
+    "head": (),
+    "few_shot": ("few_shot_k",),
+    "rag": ("retrieval",),
+    "adapter+rag": ("retrieval",),
+}
+
+
+def shown_settings(settings: Settings) -> JSON:
+    """The settings that change answers, by what reads them; the gate's deadline and its log do not."""
+    return {
+        "system_prompt": settings.system_prompt,
+        "few_shot_k": settings.gate.few_shot_k,
+        "retrieval": settings.retrieval.model_dump(mode="json"),
+        "gate": settings.gate.model_dump(mode="json", exclude={"deadline_ms", "log_vectors"}),
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +201,7 @@ class GatewayAsker:
 class ServerAsker:
     """Asks the server of this home over HTTP; `settings` as in `Offer`."""
 
-    def __init__(self, session: aiohttp.ClientSession, settings: str, base: str) -> None:
+    def __init__(self, session: aiohttp.ClientSession, settings: JSON, base: str) -> None:
         self._session = session
         self._settings = settings
         self._base = base
@@ -200,7 +218,8 @@ class ServerAsker:
         began = time.perf_counter()
         body = {"model": arm, "messages": [{"role": "user", "content": message}], "hybrid": {"explain": True}}
         try:
-            async with self._session.post("/v1/chat/completions", json={**body, **sampling}) as response:
+            path, headers = "/v1/chat/completions", {PURPOSE: CALLER}
+            async with self._session.post(path, json={**body, **sampling}, headers=headers) as response:
                 told = await read_answer(response)
         except HybridError as error:
             status = getattr(error, "status", 500)
