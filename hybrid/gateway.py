@@ -74,7 +74,7 @@ class Gateway:
         self.count_tokens = count_tokens
         self._secret = secret
         self._enrolment = enrolment
-        self.answering = 0
+        self._answering: collections.Counter[str] = collections.Counter()
         self._in_use: collections.Counter[str] = collections.Counter()
 
     # --- answering -------------------------------------------------------------------------------------------------
@@ -85,13 +85,23 @@ class Gateway:
         Raises before the first event what can be known before work starts (ModelNotFound, NotReady); a failure after
         it is the last event. Closing the iterator aborts every engine call made for the request.
         """
-        self.answering += 1
+        self._answering[request.caller] += 1
         try:
             async with contextlib.aclosing(self._answer(request)) as events:
                 async for event in events:
                     yield event
         finally:
-            self.answering -= 1
+            self._answering[request.caller] -= 1
+            self._answering += collections.Counter()  # those who ask no more are forgotten
+
+    @property
+    def answering(self) -> int:
+        """Requests that are being answered."""
+        return self._answering.total()
+
+    def answering_others(self, caller: str) -> int:
+        """Requests that are being answered, those of one caller aside."""
+        return self._answering.total() - self._answering[caller]
 
     async def _answer(self, request: Request) -> AsyncGenerator[Event]:
         decision, version = await self._decide(request)

@@ -17,15 +17,17 @@ from hybrid.boot import open_gateway, token_counter
 from hybrid.cli.ask import wait_ready
 from hybrid.cli.say import bar, data, say, text
 from hybrid.errors import BadRequest
-from hybrid.evaluation.asking import GatewayAsker, Offer, Remembered, ServerAsker, shown_settings
+from hybrid.evaluation.asking import Asker, GatewayAsker, Offer, Remembered, ServerAsker, shown_settings
 from hybrid.evaluation.inventory import home_offer
+from hybrid.evaluation.runner import INFLIGHT
 from hybrid.evaluation.suite import Subject, Suite, measure_suite, read_suite, subjects, unanswered
 from hybrid.evaluation.words import markdown
 from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.search import Library
-from hybrid.lifecycle.suite_adapters import prepare
+from hybrid.lifecycle.suite_adapters import Told, prepare
 from hybrid.lifecycle.suite_plan import Plan, planned
 from hybrid.models import ModelFiles, materialise
+from hybrid.rooms import Home
 from hybrid.settings import Settings, offline_environment
 from hybrid.state import State
 from hybrid.types import JSON
@@ -45,7 +47,9 @@ def evaluate(
         bool, typer.Option("--plan", help="only tell what would be trained and asked, and how long")
     ] = False,
     texts: Annotated[bool, typer.Option("--texts/--no-texts", help="without: ids, scores and plots only")] = True,
+    inflight: Annotated[int, typer.Option(min=1, help="questions open at once")] = INFLIGHT,
     json_: Annotated[bool, typer.Option("--json", help="report.json as the last line of stdout")] = False,
+    progress_json: Annotated[bool, typer.Option("--progress-json", help="progress as JSON lines on stdout")] = False,
 ) -> None:
     """Scores every arm on held-out tasks and writes the report, with the server of this home or an engine of its own.
 
@@ -58,7 +62,7 @@ def evaluate(
     settings = Settings.load()
     offline_environment()
     suite = _suite(read_suite(what, settings), arms, split, limit)
-    with bar() as progress:
+    with bar(progress_json) as progress:
         model = materialise(settings.model, settings.cache, progress)
         embedding = materialise(settings.embedder, settings.cache, progress)
     home = _Home(settings, model, Embedder(embedding.path, embedding.name), State(settings.rooms.database))
@@ -66,10 +70,12 @@ def evaluate(
     if plan:
         _tell(home.plan(suite, found, out), json_)
         return
-    home.prepare(suite, found)
-    report = home.remembered(suite, found, out, texts) or asyncio.run(
-        _measure(settings, model, suite, found, out, texts)
-    )
+    with bar(progress_json) as progress:
+        home.prepare(suite, found, progress)
+        report = home.remembered(suite, found, out, texts)
+        if report is None:
+            asking = _Asking(suite, found, out, texts, inflight, progress)
+            report = asyncio.run(_measure(settings, model, asking))
     if json_:
         data(report)
     else:
@@ -95,12 +101,12 @@ class _Home:
     embedder: Embedder
     state: State
 
-    def prepare(self, suite: Suite, found: Sequence[Subject]) -> None:
+    def prepare(self, suite: Suite, found: Sequence[Subject], tell: Told) -> None:
         """Makes what the suite needs and is not there."""
         if not suite.adapters and not suite.corpora:
             return
         store = AdapterStore(self.settings.rooms, self.state, self.model.sha256)
-        with bar() as tell, closing(self._library()) as library:
+        with closing(self._library()) as library:
             prepare(suite, found, settings=self.settings, model=self.model, store=store, library=library, tell=tell)
 
     def remembered(self, suite: Suite, found: Sequence[Subject], out: Path, texts: bool) -> JSON | None:
@@ -139,27 +145,40 @@ def _tell(plan: Plan, as_json: bool) -> None:
         text(str(plan))
 
 
-async def _measure(
-    settings: Settings, model: ModelFiles, suite: Suite, found: Sequence[Subject], out: Path, texts: bool
-) -> JSON:
-    with bar() as progress:
+@dataclass(frozen=True, slots=True)
+class _Asking:
+    """What is asked, where the answers go, and who is told how far it is."""
+
+    suite: Suite
+    found: Sequence[Subject]
+    out: Path
+    texts: bool
+    inflight: int
+    tell: Told
+
+    async def of(self, asker: Asker, home: Home) -> JSON:
+        """The report, once everything is answered."""
 
         def told(done: int, total: int) -> None:
-            progress("asking", done, total)
+            self.tell("asking", done, total)
 
-        server = reach.find(settings.rooms.server_file)
-        if server is not None:
-            async with server.connect() as session:
-                asker = ServerAsker(session, shown_settings(settings), model.sha256)
-                return await measure_suite(suite, found, asker, out, settings.rooms, told, texts=texts)
-        say("No server runs in this home; starting an engine for this run (`hybrid serve` keeps it running).")
-        patient = settings.gate.model_copy(update={"deadline_ms": _GATE_DEADLINE_MS})
-        async with open_gateway(settings.model_copy(update={"gate": patient}), progress) as gateway:
-            for name, folder in _lent(found).items():
-                gateway.shelves.lend(name, folder)
-            await wait_ready(gateway, settings.engine.start_timeout_s, progress)
-            if not suite.arms or {arm.partition(":")[0] for arm in suite.arms} - _WITHOUT_EMBEDDER:
-                await gateway.embed(["."])  # loaded now, so that no answer's latency holds its start
-            return await measure_suite(
-                suite, found, GatewayAsker(gateway, model.sha256), out, settings.rooms, told, texts=texts
-            )
+        return await measure_suite(
+            self.suite, self.found, asker, self.out, home, told, texts=self.texts, inflight=self.inflight
+        )
+
+
+async def _measure(settings: Settings, model: ModelFiles, asking: _Asking) -> JSON:
+    server = reach.find(settings.rooms.server_file)
+    if server is not None:
+        async with server.connect() as session:
+            return await asking.of(ServerAsker(session, shown_settings(settings), model.sha256), settings.rooms)
+    say("No server runs in this home; starting an engine for this run (`hybrid serve` keeps it running).")
+    patient = settings.gate.model_copy(update={"deadline_ms": _GATE_DEADLINE_MS})
+    async with open_gateway(settings.model_copy(update={"gate": patient}), asking.tell) as gateway:
+        for name, folder in _lent(asking.found).items():
+            gateway.shelves.lend(name, folder)
+        await wait_ready(gateway, settings.engine.start_timeout_s, asking.tell)
+        arms = asking.suite.arms
+        if not arms or {arm.partition(":")[0] for arm in arms} - _WITHOUT_EMBEDDER:
+            await gateway.embed(["."])  # loaded now, so that no answer's latency holds its start
+        return await asking.of(GatewayAsker(gateway, model.sha256), settings.rooms)

@@ -38,8 +38,14 @@ def text(value: str) -> None:
 
 
 @contextmanager
-def bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress callback `(step, done, total)`: a bar on a terminal, a line a step elsewhere."""
+def bar(as_json: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress callback `(step, done, total)`: a bar on a terminal, a line a step elsewhere.
+
+    With `as_json` it writes lines `{"phase", "step", "steps"}` on stdout, for programs.
+    """
+    if as_json:
+        yield lambda step, done, total: data({"phase": step, "step": done, "steps": total})
+        return
     if not words.is_terminal:
         last = ""
 

@@ -24,6 +24,8 @@ from hybrid.settings import Settings
 from hybrid.types import JSON, Arm, Event, Message, Request, Usage, fold
 
 CALLER = "evaluation"
+#: the header by which the owner of a server says that a question is the evaluator's, and no traffic
+MARK = "x-hybrid-evaluation"
 #: the header by which the owner of a home says that a request measures and is nobody's own
 PURPOSE = "x-hybrid-purpose"
 

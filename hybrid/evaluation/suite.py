@@ -16,7 +16,7 @@ from hybrid.evaluation import folder, report
 from hybrid.evaluation.asking import Asker, Offer, chosen_arms
 from hybrid.evaluation.leaks import mark_leaks
 from hybrid.evaluation.measured import AUTO, Measured
-from hybrid.evaluation.runner import Job, Ledger, Progress, jobs_for, run, sample, token_limit
+from hybrid.evaluation.runner import INFLIGHT, Job, Ledger, Progress, jobs_for, run, sample, token_limit
 from hybrid.evaluation.tasks import DevSplit, Learnable, Task, TestSplit, read_split, read_task
 from hybrid.rooms import Home
 from hybrid.settings import Settings
@@ -137,17 +137,19 @@ async def measure_suite(
     progress: Progress | None = None,
     *,
     texts: bool = True,
+    inflight: int = INFLIGHT,
 ) -> JSON:
     """Asks everything, writes the report folder, and returns the report. A run that was killed goes on.
 
-    Without `texts` the folder ends up with ids, scores and pictures alone.
+    At most `inflight` questions are open at once. Without `texts` the folder ends up with ids, scores and pictures
+    alone.
     """
     offer = await asker.offer()
     jobs = questions(suite, found, offer)
     ledger = Ledger(out)
     finished = False
     try:
-        outcomes = await run(asker, jobs, ledger, progress=progress)
+        outcomes = await run(asker, jobs, ledger, inflight=inflight, progress=progress)
         finished = True
     finally:
         ledger.close([job.key for job in jobs] if finished else None)

@@ -15,6 +15,7 @@ from contextlib import suppress
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hybrid.errors import BadRequest, Draining, Forbidden, HeadersTooLarge, HybridError, Overloaded, TooLarge
+from hybrid.evaluation.asking import PURPOSE
 from hybrid.server import errors
 from hybrid.server.access import OPEN, Access, challenge
 from hybrid.server.house import Traffic
@@ -121,7 +122,8 @@ class Door:
         if len(headers) > s.max_header_count or sum(len(k) + len(v) for k, v in headers) > s.max_header_bytes:
             raise HeadersTooLarge(f"More than {s.max_header_count} headers or {s.max_header_bytes} bytes of them.")
         if path not in OPEN:
-            scope["hybrid.caller"] = self._access.caller(visit.headers.get(b"authorization"))
+            purpose = visit.headers.get(PURPOSE.encode(), b"")
+            scope["hybrid.caller"] = self._access.caller(visit.headers.get(b"authorization"), purpose)
         if self._traffic.draining and path not in _ALWAYS:
             raise Draining("The server is shutting down; try again in a few seconds.")
         if not path.startswith("/v1/"):
