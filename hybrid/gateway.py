@@ -14,7 +14,7 @@ import functools
 import hashlib
 import hmac
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,26 @@ from hybrid.gate.published import newest_card
 from hybrid.journal import Journal
 from hybrid.knowledge.search import Library
 from hybrid.knowledge.shelves import Shelves
+from hybrid.names import Names
 from hybrid.settings import Settings
 from hybrid.state import State
-from hybrid.strategies import STRATEGIES
 from hybrid.strategies.bound import Bound
-from hybrid.types import JSON, Arm, Decided, Decision, Event, Failed, Finished, Request
+from hybrid.types import JSON, Arm, Decided, Decision, Event, Failed, Request
 
 log = logging.getLogger("hybrid.gateway")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """What is settled before work starts: the decision, and every version that it or an arm it asks answers with."""
+
+    decision: Decision
+    versions: Mapping[str, AdapterVersion]
+
+    def version(self, arm: Arm) -> AdapterVersion | None:
+        """The adapter or head that an arm of the plan answers with, if it is one alone."""
+        named = arm.args[0] if arm.strategy == "head" else arm.adapter
+        return self.versions.get(named) if named else None
 
 
 class Gateway:
@@ -69,6 +82,7 @@ class Gateway:
         self.library = library
         self.shelves = shelves
         self.decider = decider
+        self.names = Names(engine=engine, store=store, loader=loader, library=library, shelves=shelves)
         self.journal = Journal(state)
         self._heads = Heads(library.embedder)
         self.count_tokens = count_tokens
@@ -104,129 +118,69 @@ class Gateway:
         return self._answering.total() - self._answering[caller]
 
     async def _answer(self, request: Request) -> AsyncGenerator[Event]:
-        decision, version = await self._decide(request)
-        self.journal.add(decision, request.caller)
-        tools = Bound(
+        plan = await self._plan(request)
+        self.journal.add(plan.decision, request.caller)
+        arm = plan.decision.arm
+        tools = self._bind(request, arm, plan)
+        with self._using(plan.versions.values()):
+            try:
+                yield Decided(plan.decision)
+                async with contextlib.aclosing(tools.play(arm)) as events:
+                    async for event in events:
+                        yield event
+            except HybridError as error:
+                yield Failed(error)
+
+    async def route(self, request: Request) -> Decision:
+        """The decision alone; nothing is generated."""
+        plan = await self._plan(request)
+        self.journal.add(plan.decision, request.caller)
+        return plan.decision
+
+    async def _plan(self, request: Request) -> Plan:
+        arm = self.names.arm(request.model)
+        if arm is None:
+            decision = await self.decider.decide(request)
+        else:
+            decision = Decision(id=new_id(), arm=arm, reason="the caller named the model", chosen_by="caller")
+        versions = await self.names.versions(decision.arm)
+        answering = ", ".join(version.id for version in versions.values()) or None
+        return Plan(dataclasses.replace(decision, adapter=answering), versions)
+
+    def _bind(self, request: Request, arm: Arm, plan: Plan) -> Bound:
+        """The verbs for one arm of the plan: the one that answers, or one that it asks."""
+        version = plan.version(arm)
+        return Bound(
             request,
             settings=self.settings,
             engine=self.engine,
             library=self.library,
             shelves=self.shelves.select,
             count_tokens=self.count_tokens,
-            adapters={decision.arm.adapter: version.ref.engine_name} if version and decision.arm.adapter else {},
-            instruction=_instruction(version) if decision.chosen_by == "gate" else "",
+            adapters={spec: version.ref.engine_name for spec, version in plan.versions.items()},
+            instruction=_instruction(version) if plan.decision.chosen_by == "gate" else "",
             cache_salt=self._salt(request.caller),
+            member=lambda asked, other: self._bind(asked, other, plan),
             head=self._head(version),
         )
-        with self._using(version):
-            try:
-                yield Decided(decision)
-                async for event in STRATEGIES[decision.arm.strategy](request, decision.arm, tools):
-                    yield event
-                yield Finished(tools.usage)
-            except HybridError as error:
-                yield Failed(error)
-            finally:
-                await tools.aclose()
-
-    async def route(self, request: Request) -> Decision:
-        """The decision alone; nothing is generated."""
-        decision, _ = await self._decide(request)
-        self.journal.add(decision, request.caller)
-        return decision
-
-    async def _decide(self, request: Request) -> tuple[Decision, AdapterVersion | None]:
-        arm = self.resolve(request.model)
-        if arm is None:
-            decision = await self.decider.decide(request)
-        else:
-            decision = Decision(id=new_id(), arm=arm, reason="the caller named the model", chosen_by="caller")
-        if decision.arm.strategy == "head":
-            head = self.store.head(decision.arm.args[0])
-            return dataclasses.replace(decision, adapter=head.id), head
-        if decision.arm.adapter is None:
-            return decision, None
-        version = await self._version(decision.arm.adapter)
-        return dataclasses.replace(decision, adapter=version.id), version
 
     def _head(self, version: AdapterVersion | None) -> Callable[[str], Verdict] | None:
         if version is None or version.kind != HEAD:
             return None
         return functools.partial(self._heads.classify, version.ref.path, version.card)
 
-    async def _version(self, spec: str) -> AdapterVersion:
-        version = self.store.model(spec)
-        if version.state == "rejected":
-            raise ModelNotFound(f"{version.id} was refused and is not served: {version.reason}", param="model")
-        if version.state == "retired":
-            raise ModelNotFound(f"{version.id} is retired; use another version of it.", param="model")
-        if version.ref.engine_name not in await self.engine.loaded():
-            version = await self.loader.load_now(version.id)
-        return version
-
-    def resolve(self, model: str) -> Arm | None:
-        """The arm a `model` names; None for `auto`. Raises ModelNotFound, never falls back."""
-        name = model.removeprefix("hybrid/")
-        if name == "auto":
-            return None
-        if name in ("base", self.engine.status().model):
-            return Arm("base")
-        if name.startswith("base:"):
-            return self._adapter_arm(name.removeprefix("base:"))
-        if name.startswith("ft:"):
-            return self._adapter_arm(self.store.resolve(name).id)
-        try:
-            arm = Arm.parse(name)
-        except ValueError:
-            return self._adapter_arm(name)
-        return self._checked(arm, model)
-
-    def _adapter_arm(self, spec: str) -> Arm:
-        self.store.model(spec)
-        return Arm("adapter", (spec,))
-
-    def _checked(self, arm: Arm, model: str) -> Arm:
-        """The arm, once its strategy, adapter, corpus and task are known to exist."""
-        if arm.strategy not in STRATEGIES:
-            raise ModelNotFound(f"The strategy of {model[:80]!r} is not served here.", param="model")
-        if arm.strategy in ("adapter", "adapter+rag") and not arm.adapter:
-            raise ModelNotFound(f"{model[:80]!r} names no adapter; write {arm.strategy}:NAME.", param="model")
-        if arm.strategy == "head":
-            if not arm.args:
-                raise ModelNotFound(f"{model[:80]!r} names no head; write head:NAME.", param="model")
-            self.store.head(arm.args[0])
-        limit = {"base": 0, "prompt": 0, "adapter+rag": 2}.get(arm.strategy, 1)
-        if len(arm.args) > limit:
-            raise ModelNotFound(f"{model[:80]!r} has more parts than {arm.strategy} takes.", param="model")
-        if arm.adapter:
-            self.store.model(arm.adapter)
-        corpus = arm.args[-1] if len(arm.args) == (2 if arm.adapter else 1) and "rag" in arm.strategy else None
-        if "rag" in arm.strategy:
-            self._check_corpus(corpus)
-        if arm.strategy == "few_shot" and arm.args:
-            self.shelves.get(arm.args[0])
-        return arm
-
-    def _check_corpus(self, corpus: str | None) -> None:
-        names = self.library.names()
-        if (corpus and corpus not in names) or not names:
-            known = ", ".join(names) or "none yet: `hybrid index DIR --name NAME` makes one"
-            raise ModelNotFound(f"There is no such corpus as {str(corpus)[:80]!r}. Known: {known}.", param="model")
-
     def _salt(self, caller: str) -> str:
         """One prefix-cache compartment a tenant: timing must not tell one tenant what another asked."""
         return hmac.new(self._secret, caller.encode(), hashlib.sha256).hexdigest()[:32]
 
     @contextlib.contextmanager
-    def _using(self, version: AdapterVersion | None) -> Iterator[None]:
-        name = version.ref.engine_name if version else ""
-        self._in_use[name] += 1
+    def _using(self, versions: Iterable[AdapterVersion]) -> Iterator[None]:
+        names = collections.Counter(version.ref.engine_name for version in versions)
+        self._in_use.update(names)
         try:
             yield
         finally:
-            self._in_use[name] -= 1
-            if not self._in_use[name]:
-                del self._in_use[name]
+            self._in_use -= names  # what is at zero goes
 
     def in_use(self, engine_name: str) -> int:
         """How many answers are being made with that adapter now."""

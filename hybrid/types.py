@@ -53,7 +53,8 @@ class Request:
     """One question to the gateway. Exactly one of `messages` (chat) and `prompt` (raw completion) is set.
 
     `sampling` holds every engine parameter as the client spelled it (`max_tokens`, `tools`, `top_k`, …): it passes
-    through unchanged. `caller` is the tenant: the id of the API key, or "local" where no key exists.
+    through unchanged. `caller` is the tenant: the id of the API key, or "local" where no key exists. `about` is the
+    question where the last user message holds more than that: drafts of others, say.
     """
 
     id: str
@@ -64,10 +65,13 @@ class Request:
     stream: bool = False
     knobs: Knobs = field(default_factory=Knobs)
     caller: str = "local"
+    about: str = ""
 
     @property
     def query(self) -> str:
         """The text the gate and the retriever look at: the last user message, or the raw prompt."""
+        if self.about:
+            return self.about
         for message in reversed(self.messages):
             if message.role == "user":
                 return message.text
@@ -140,6 +144,19 @@ class Arm:
     def adapter(self) -> str | None:
         """The adapter this arm answers with (`name` or `name@version`), if it is an adapter's arm."""
         return self.args[0] if self.strategy in ("adapter", "adapter+rag") and self.args else None
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Every adapter this arm answers with (`name` or `name@version`): of a mix, its members without weights."""
+        if self.strategy == "mix":
+            parts = (part.partition("=")[0].strip() for arg in self.args for part in arg.split(","))
+            return tuple(dict.fromkeys(part for part in parts if part))
+        return (self.adapter,) if self.adapter else ()
+
+    @property
+    def confers(self) -> bool:
+        """Whether it asks other arms: such an arm is never a member of another."""
+        return self.strategy in ("moa", "self_moa")
 
 
 PROMPT = Arm("prompt")

@@ -20,6 +20,7 @@ LAYERS: list[set[str]] = [
     {"adapters"},
     {"catalog"},
     {"gate", "strategies"},
+    {"names"},
     {"gateway"},
     {"boot", "doctor"},
     {"training", "evaluation"},

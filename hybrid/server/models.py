@@ -41,7 +41,7 @@ async def delete_model(request: Request, name: str) -> Response:
     """Retires an adapter; what is built in cannot be deleted."""
     require_admin(request)
     gateway = house(request).gateway
-    arm = gateway.resolve(name)
+    arm = gateway.names.arm(name)
     if arm is None or arm.strategy != "adapter" or arm.adapter is None:
         raise BadRequest(f"{name[:80]!r} is no adapter; only adapters can be deleted.", param="model")
     await gateway.unload_adapter(arm.adapter)

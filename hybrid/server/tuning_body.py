@@ -54,7 +54,7 @@ def read_order(body: JSON, gateway: Gateway) -> Order:
 def _parent(body: JSON, gateway: Gateway) -> str | None:
     """The adapter version to go on from, when `model` is one; None for the base. Raises ModelNotFound, BadRequest."""
     model = _text(body, "model")
-    arm = gateway.resolve(model)
+    arm = gateway.names.arm(model)
     if arm is not None and arm.strategy == "base":
         return None
     if arm is None or arm.strategy != "adapter" or arm.adapter is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from hybrid.adapters.heads import Verdict
@@ -13,12 +14,13 @@ from hybrid.knowledge.examples import Shelf
 from hybrid.knowledge.search import Library
 from hybrid.prompts import within_budget
 from hybrid.settings import Settings
-from hybrid.types import Message, Passage, Request, Token, Usage
+from hybrid.strategies import STRATEGIES
+from hybrid.types import Arm, Event, Finished, Message, Passage, Request, Token, Usage
 
 
 class Bound:
     """`Tools` for one request. `adapters` maps the names a strategy may say to the engine's immutable names; `head`
-    reads with the chosen head."""
+    reads with the chosen head; `member` makes the tools of another arm that is asked the request it is given."""
 
     def __init__(
         self,
@@ -32,6 +34,7 @@ class Bound:
         adapters: Mapping[str, str],
         instruction: str,
         cache_salt: str,
+        member: Callable[[Request, Arm], Bound],
         head: Callable[[str], Verdict] | None = None,
     ) -> None:
         self.instruction = instruction
@@ -44,8 +47,9 @@ class Bound:
         self._count_tokens = count_tokens
         self._adapters = adapters
         self._cache_salt = cache_salt
+        self._member = member
         self._head = head
-        self._open: list[AsyncIterator[Token]] = []
+        self._open: list[AsyncIterator[Any]] = []
 
     @property
     def top_k(self) -> int:
@@ -58,6 +62,45 @@ class Bound:
     @property
     def system_prompt(self) -> str:
         return self._settings.system_prompt
+
+    async def play(self, arm: Arm) -> AsyncGenerator[Event]:
+        """The events of the arm's strategy, then Finished. Nothing that it opened outlives them."""
+        events = STRATEGIES[arm.strategy](self._request, arm, self)
+        self._open.append(events)
+        try:
+            async for event in events:
+                yield event
+            yield Finished(self.usage)
+        finally:
+            await self.aclose()
+
+    def answer(
+        self,
+        arm: Arm,
+        messages: Sequence[Message] | None = None,
+        *,
+        sampling: Mapping[str, Any] | None = None,
+        stream: bool = False,
+    ) -> AsyncIterator[Event]:
+        asked = dataclasses.replace(
+            self._request,
+            messages=self._request.messages if messages is None else tuple(messages),
+            sampling=self._request.sampling if sampling is None else sampling,
+            stream=stream,
+            about=self._request.query,
+        )
+        events = self._answer(arm, self._member(asked, arm))
+        self._open.append(events)
+        return events
+
+    async def _answer(self, arm: Arm, tools: Bound) -> AsyncIterator[Event]:
+        events = tools.play(arm)
+        try:
+            async for event in events:
+                yield event
+        finally:
+            await events.aclose()
+            self.usage += tools.usage
 
     def generate(
         self, messages: Sequence[Message] | None = None, *, prompt: Any = None, adapter: str | None = None
@@ -113,8 +156,8 @@ class Bound:
         return within_budget(passages, self._settings.retrieval.passage_budget_tokens, self._count_tokens)
 
     async def aclose(self) -> None:
-        """Ends every engine call that is still open: a client that left must not keep the engine working."""
-        for stream in reversed(self._open):
+        """Ends what is still open, the strategy before its calls: a client that left must not keep the engine busy."""
+        for stream in self._open:
             close = getattr(stream, "aclose", None)
             if close is not None:
                 await close()

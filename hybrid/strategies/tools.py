@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from hybrid.types import Message, Passage, Token
+from hybrid.types import Arm, Event, Message, Passage, Token
 
 
 class Tools(Protocol):
@@ -15,6 +15,21 @@ class Tools(Protocol):
         self, messages: Sequence[Message] | None = None, *, prompt: Any = None, adapter: str | None = None
     ) -> AsyncIterator[Token]:
         """The engine's answer, with the request's own sampling and streaming. `adapter` is `name` or `name@version`."""
+        ...
+
+    def answer(
+        self,
+        arm: Arm,
+        messages: Sequence[Message] | None = None,
+        *,
+        sampling: Mapping[str, Any] | None = None,
+        stream: bool = False,
+    ) -> AsyncIterator[Event]:
+        """The events of another arm that answers the same question, then Finished with what it cost.
+
+        `messages` and `sampling` replace the request's own. Raises the arm's error. Its usage counts in this answer's,
+        and it ends when this answer does.
+        """
         ...
 
     async def search(self, corpus: str | None, query: str, k: int) -> tuple[Passage, ...]:

@@ -1,0 +1,96 @@
+"""What the names in a request mean in this home: a `model` is an arm, an adapter's name one immutable version."""
+
+from __future__ import annotations
+
+from hybrid.adapters.hotload import HotLoader
+from hybrid.adapters.listing import AdapterVersion
+from hybrid.adapters.store import AdapterStore
+from hybrid.engine import Engine
+from hybrid.errors import ModelNotFound
+from hybrid.knowledge.search import Library
+from hybrid.knowledge.shelves import Shelves
+from hybrid.strategies import STRATEGIES
+from hybrid.types import Arm
+
+#: strategy → how many parts its name may have after the first, where it is not one
+_PARTS = {"base": 0, "prompt": 0, "adapter+rag": 2, "self_moa": 0}
+
+
+class Names:
+    """Looks names up. Nothing here falls back: an unknown name is an error that says what is known."""
+
+    def __init__(
+        self, *, engine: Engine, store: AdapterStore, loader: HotLoader, library: Library, shelves: Shelves
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._loader = loader
+        self._library = library
+        self._shelves = shelves
+
+    def arm(self, model: str) -> Arm | None:
+        """The arm a `model` names; None for `auto`. Raises ModelNotFound, never falls back."""
+        name = model.removeprefix("hybrid/")
+        if name == "auto":
+            return None
+        if name in ("base", self._engine.status().model):
+            return Arm("base")
+        if name.startswith("base:"):
+            return self._adapter_arm(name.removeprefix("base:"))
+        if name.startswith("ft:"):
+            return self._adapter_arm(self._store.resolve(name).id)
+        try:
+            arm = Arm.parse(name)
+        except ValueError:
+            return self._adapter_arm(name)
+        return self._checked(arm, model)
+
+    async def versions(self, arm: Arm) -> dict[str, AdapterVersion]:
+        """What each adapter or head that the arm names is from here on, known to the engine where it must be.
+
+        Raises ModelNotFound for a version that is not served, Refused, NotReady.
+        """
+        if arm.strategy == "head":
+            return {arm.args[0]: self._store.head(arm.args[0])}
+        return {spec: await self._version(spec) for spec in arm.adapters}
+
+    async def _version(self, spec: str) -> AdapterVersion:
+        version = self._store.model(spec)
+        if version.state == "rejected":
+            raise ModelNotFound(f"{version.id} was refused and is not served: {version.reason}", param="model")
+        if version.state == "retired":
+            raise ModelNotFound(f"{version.id} is retired; use another version of it.", param="model")
+        if version.ref.engine_name not in await self._engine.loaded():
+            version = await self._loader.load_now(version.id)
+        return version
+
+    def _adapter_arm(self, spec: str) -> Arm:
+        self._store.model(spec)
+        return Arm("adapter", (spec,))
+
+    def _checked(self, arm: Arm, model: str) -> Arm:
+        """The arm, once its strategy, adapters, corpus and task are known to exist."""
+        if arm.strategy not in STRATEGIES:
+            raise ModelNotFound(f"The strategy of {model[:80]!r} is not served here.", param="model")
+        if arm.strategy in ("adapter", "adapter+rag") and not arm.adapter:
+            raise ModelNotFound(f"{model[:80]!r} names no adapter; write {arm.strategy}:NAME.", param="model")
+        if arm.strategy == "head":
+            if not arm.args:
+                raise ModelNotFound(f"{model[:80]!r} names no head; write head:NAME.", param="model")
+            self._store.head(arm.args[0])
+        if len(arm.args) > _PARTS.get(arm.strategy, 1):
+            raise ModelNotFound(f"{model[:80]!r} has more parts than {arm.strategy} takes.", param="model")
+        for adapter in arm.adapters:
+            self._store.model(adapter)
+        corpus = arm.args[-1] if len(arm.args) == (2 if arm.adapter else 1) and "rag" in arm.strategy else None
+        if "rag" in arm.strategy:
+            self._check_corpus(corpus)
+        if arm.strategy == "few_shot" and arm.args:
+            self._shelves.get(arm.args[0])
+        return arm
+
+    def _check_corpus(self, corpus: str | None) -> None:
+        names = self._library.names()
+        if (corpus and corpus not in names) or not names:
+            known = ", ".join(names) or "none yet: `hybrid index DIR --name NAME` makes one"
+            raise ModelNotFound(f"There is no such corpus as {str(corpus)[:80]!r}. Known: {known}.", param="model")
