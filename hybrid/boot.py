@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from hybrid.adapters.hotload import HotLoader
 from hybrid.adapters.preflight import read_base
 from hybrid.adapters.store import AdapterStore
 from hybrid.engine.open import open_engine
+from hybrid.errors import NotReady
 from hybrid.gate.decide import Decider
 from hybrid.gate.enrol import Enrolment
 from hybrid.gate.policy import Policy
 from hybrid.gateway import Gateway
 from hybrid.knowledge.embed import Embedder
+from hybrid.knowledge.lending import lent
 from hybrid.knowledge.search import Library
 from hybrid.knowledge.shelves import Shelves
 from hybrid.models import ModelFiles, materialise
@@ -108,8 +111,24 @@ async def _keep_in_step(enrolment: Enrolment, library: Library, changed: asyncio
             await asyncio.wait_for(changed.wait(), REFRESH_S)
 
 
+async def wait_ready(gateway: Gateway, timeout_s: float, progress: Progress) -> None:
+    """Waits until an answer would work. Raises NotReady after `timeout_s`, with the phase it is stuck in."""
+    began = time.monotonic()
+    while True:
+        ready, phase, detail = gateway.ready()
+        if ready:
+            return
+        progress(phase, 0, 1)
+        if time.monotonic() - began > timeout_s:
+            raise NotReady(f"Not ready after {timeout_s:.0f} s: {phase}. {detail} See .hybrid/logs/engine.log.")
+        await asyncio.sleep(0.2)
+
+
 def example_folders(home: Home, store: AdapterStore) -> Mapping[str, Path]:
-    """Where each task's examples lie: a task folder, or the live version of an adapter of that name."""
+    """Where each task's examples lie: a task folder, or the live version of an adapter of that name.
+
+    An adapter's examples win, because they are what was really learned from; over both goes what is lent.
+    """
     folders = {p.parent.name: p.parent for p in home.tasks.glob("*/task.json")}
     for name in store.names():
         live = store.alias(name)
@@ -117,7 +136,7 @@ def example_folders(home: Home, store: AdapterStore) -> Mapping[str, Path]:
             path = store.resolve(f"{name}@{live}").ref.path
             if (path / "examples.jsonl").exists():
                 folders[name] = path
-    return folders
+    return {**folders, **lent(home)}
 
 
 def token_counter(model: ModelFiles) -> Callable[[str], int]:

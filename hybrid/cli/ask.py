@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 from typing import Annotated, Any
 
 import typer
 
 from hybrid import reach
-from hybrid.boot import open_gateway
+from hybrid.boot import open_gateway, wait_ready
 from hybrid.cli.say import bar, data, say, text
-from hybrid.errors import NotReady
 from hybrid.gateway import Gateway
 from hybrid.settings import Settings
 from hybrid.types import Answer, Event, Message, Request, fold
@@ -85,16 +83,3 @@ async def _from_engine(settings: Settings, request: Request) -> dict[str, Any]:
 async def _fold(gateway: Gateway, request: Request) -> Answer:
     events: list[Event] = [event async for event in gateway.answer(request)]
     return fold(events)
-
-
-async def wait_ready(gateway: Gateway, timeout_s: float, progress: Any) -> None:
-    """Waits until an answer would work. Raises NotReady after `timeout_s`, with the phase it is stuck in."""
-    began = time.monotonic()
-    while True:
-        ready, phase, detail = gateway.ready()
-        if ready:
-            return
-        progress(phase, 0, 1)
-        if time.monotonic() - began > timeout_s:
-            raise NotReady(f"Not ready after {timeout_s:.0f} s: {phase}. {detail} See .hybrid/logs/engine.log.")
-        await asyncio.sleep(0.2)

@@ -11,29 +11,25 @@ from typing import Annotated
 
 import typer
 
-from hybrid import reach
 from hybrid.adapters.store import AdapterStore
-from hybrid.boot import open_gateway, token_counter
-from hybrid.cli.ask import wait_ready
+from hybrid.boot import token_counter
 from hybrid.cli.say import bar, data, say, text
 from hybrid.errors import BadRequest
-from hybrid.evaluation.asking import Asker, GatewayAsker, Offer, Remembered, ServerAsker, shown_settings
+from hybrid.evaluation.asking import Offer
 from hybrid.evaluation.inventory import home_offer
 from hybrid.evaluation.runner import INFLIGHT
 from hybrid.evaluation.suite import Subject, Suite, measure_suite, read_suite, subjects, unanswered
 from hybrid.evaluation.words import markdown
 from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.search import Library
+from hybrid.lifecycle.asker import open_asker
 from hybrid.lifecycle.suite_adapters import Told, prepare
 from hybrid.lifecycle.suite_plan import Plan, planned
 from hybrid.models import ModelFiles, materialise
-from hybrid.rooms import Home
 from hybrid.settings import Settings, offline_environment
 from hybrid.state import State
 from hybrid.types import JSON
 
-#: while everything is asked at once a gate may take its time: its choice is measured, not the queue before it
-_GATE_DEADLINE_MS = 10_000.0
 _WITHOUT_EMBEDDER = {"base", "prompt", "adapter"}
 
 
@@ -72,10 +68,7 @@ def evaluate(
         return
     with bar(progress_json) as progress:
         home.prepare(suite, found, progress)
-        report = home.remembered(suite, found, out, texts)
-        if report is None:
-            asking = _Asking(suite, found, out, texts, inflight, progress)
-            report = asyncio.run(_measure(settings, model, asking))
+        report = asyncio.run(home.measure(suite, found, _Order(out, texts, inflight), progress))
     if json_:
         data(report)
     else:
@@ -90,6 +83,15 @@ def _suite(suite: Suite, arms: str, split: str, limit: int) -> Suite:
     named = tuple(name.strip() for name in arms.split(",") if name.strip())
     changes = {"arms": named, "split": split, "limit": limit}
     return suite.model_copy(update={key: value for key, value in changes.items() if value})
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """Where the answers go, with their texts or without, and how many questions are open at once."""
+
+    out: Path
+    texts: bool
+    inflight: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +111,22 @@ class _Home:
         with closing(self._library()) as library:
             prepare(suite, found, settings=self.settings, model=self.model, store=store, library=library, tell=tell)
 
-    def remembered(self, suite: Suite, found: Sequence[Subject], out: Path, texts: bool) -> JSON | None:
-        """The report of a run whose outcomes are all kept already: nothing is started for it."""
-        if self.settings.engine.kind.startswith("http") or reach.find(self.settings.rooms.server_file) is not None:
-            return None  # what is offered there is asked there
-        offer = self._offer(found)
-        if unanswered(suite, found, offer, out):
-            return None
-        return asyncio.run(measure_suite(suite, found, Remembered(offer), out, self.settings.rooms, texts=texts))
+    async def measure(self, suite: Suite, found: Sequence[Subject], order: _Order, tell: Told) -> JSON:
+        """The report, of whoever can answer; where every outcome is kept already, nothing is started for it."""
+
+        def kept() -> Offer | None:
+            offer = self._offer(found)
+            return None if unanswered(suite, found, offer, order.out) else offer
+
+        def told(done: int, total: int) -> None:
+            tell("asking", done, total)
+
+        embeds = not suite.arms or bool({arm.partition(":")[0] for arm in suite.arms} - _WITHOUT_EMBEDDER)
+        opened = open_asker(self.settings, self.model, lent=_lent(found), kept=kept, told=tell, embeds=embeds)
+        async with opened as asker:
+            return await measure_suite(
+                suite, found, asker, order.out, self.settings.rooms, told, texts=order.texts, inflight=order.inflight
+            )
 
     def plan(self, suite: Suite, found: Sequence[Subject], out: Path) -> Plan:
         """What a run would do."""
@@ -143,42 +153,3 @@ def _tell(plan: Plan, as_json: bool) -> None:
         data(plan.wire())
     else:
         text(str(plan))
-
-
-@dataclass(frozen=True, slots=True)
-class _Asking:
-    """What is asked, where the answers go, and who is told how far it is."""
-
-    suite: Suite
-    found: Sequence[Subject]
-    out: Path
-    texts: bool
-    inflight: int
-    tell: Told
-
-    async def of(self, asker: Asker, home: Home) -> JSON:
-        """The report, once everything is answered."""
-
-        def told(done: int, total: int) -> None:
-            self.tell("asking", done, total)
-
-        return await measure_suite(
-            self.suite, self.found, asker, self.out, home, told, texts=self.texts, inflight=self.inflight
-        )
-
-
-async def _measure(settings: Settings, model: ModelFiles, asking: _Asking) -> JSON:
-    server = reach.find(settings.rooms.server_file)
-    if server is not None:
-        async with server.connect() as session:
-            return await asking.of(ServerAsker(session, shown_settings(settings), model.sha256), settings.rooms)
-    say("No server runs in this home; starting an engine for this run (`hybrid serve` keeps it running).")
-    patient = settings.gate.model_copy(update={"deadline_ms": _GATE_DEADLINE_MS})
-    async with open_gateway(settings.model_copy(update={"gate": patient}), asking.tell) as gateway:
-        for name, folder in _lent(asking.found).items():
-            gateway.shelves.lend(name, folder)
-        await wait_ready(gateway, settings.engine.start_timeout_s, asking.tell)
-        arms = asking.suite.arms
-        if not arms or {arm.partition(":")[0] for arm in arms} - _WITHOUT_EMBEDDER:
-            await gateway.embed(["."])  # loaded now, so that no answer's latency holds its start
-        return await asking.of(GatewayAsker(gateway, model.sha256), settings.rooms)

@@ -26,6 +26,12 @@ TENSORS = "examples.safetensors"
 Found = tuple[str, str, float]
 
 
+def rows_file(folder: Path) -> Path:
+    """The file that holds a shelf's rows: an adapter's own, or a task folder's train split."""
+    own = folder / ROWS
+    return own if own.is_file() else folder / "train.jsonl"
+
+
 @dataclass(frozen=True, slots=True)
 class Shelf:
     """Examples as a client would send them: `messages` are full user messages, `answers` their references.
@@ -58,7 +64,7 @@ class Shelf:
         """
         if not (folder / ROWS).is_file():
             task = _task(folder)
-            pairs = _pairs(folder / "train.jsonl")
+            pairs = _pairs(rows_file(folder))
             return cls.embedded(str(task["name"]), str(task.get("instruction", "")), pairs, embedder, cache)
         if (folder / TENSORS).is_file():
             shelf = cls.load(folder)

@@ -1,7 +1,4 @@
-"""Every shelf of training examples of a home, by name: those that adapters were trained on, and those of task folders.
-
-An adapter's examples win over a task folder of the same name, because they are what was really learned from.
-"""
+"""Every shelf of training examples of a home, by name: what adapters were trained on, and task folders."""
 
 from __future__ import annotations
 
@@ -10,40 +7,43 @@ from pathlib import Path
 
 from hybrid.errors import ModelNotFound
 from hybrid.knowledge.embed import Embedder
-from hybrid.knowledge.examples import Shelf
+from hybrid.knowledge.examples import Shelf, rows_file
 
 
 class Shelves:
-    """Shelves of one home; each is read when first asked for and kept. `folders` says where they are now."""
+    """Shelves of one home; each is read when first asked for and kept until its rows change. `folders` says where
+    they are now."""
 
     def __init__(self, folders: Callable[[], Mapping[str, Path]], embedder: Embedder, cache: Path) -> None:
         self._folders = folders
         self._embedder = embedder
         self._cache = cache
-        self._loaded: dict[Path, Shelf] = {}
-        self._lent: dict[str, Path] = {}
-
-    def lend(self, name: str, folder: Path) -> None:
-        """Adds the task folder `folder`, which may lie anywhere, under `name` while this process lives."""
-        self._lent[name] = folder
+        self._loaded: dict[Path, tuple[int, Shelf]] = {}
 
     def names(self) -> list[str]:
         """The tasks that have examples."""
-        return sorted(self._known())
-
-    def _known(self) -> Mapping[str, Path]:
-        return {**self._folders(), **self._lent}
+        return sorted(self._folders())
 
     def get(self, name: str) -> Shelf:
-        """The shelf of a task. Raises ModelNotFound naming those that exist."""
-        folder = self._known().get(name)
+        """The shelf of a task. Raises ModelNotFound naming those that exist, DataError."""
+        folder = self._folders().get(name)
         if folder is None:
             known = ", ".join(self.names()) or "none yet: train an adapter or put a task into eval/tasks/"
             raise ModelNotFound(f"There are no examples of a task named {name[:80]!r}. Known: {known}.", param="model")
-        if folder not in self._loaded:
-            self._loaded[folder] = Shelf.open(folder, self._embedder, self._cache)
-        return self._loaded[folder]
+        written = _written(folder)
+        kept = self._loaded.get(folder)
+        if kept is None or kept[0] != written:
+            kept = self._loaded[folder] = (written, Shelf.open(folder, self._embedder, self._cache))
+        return kept[1]
 
     def select(self, name: str | None) -> Sequence[Shelf]:
         """The shelf named, or all of them."""
         return [self.get(name)] if name else [self.get(n) for n in self.names()]
+
+
+def _written(folder: Path) -> int:
+    """When the rows of a shelf were written, in nanoseconds; 0 where there are none."""
+    try:
+        return rows_file(folder).stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0  # opening the shelf will say so

@@ -10,28 +10,28 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hybrid import reach
 from hybrid.adapters.kinds import HEAD
 from hybrid.adapters.listing import AdapterVersion
 from hybrid.adapters.store import AdapterStore
-from hybrid.boot import open_gateway, token_counter
-from hybrid.errors import NotReady, SetupError
+from hybrid.boot import token_counter
+from hybrid.errors import SetupError
 from hybrid.evaluation.advice import Advice, Ahead, Measurements, Trained, markdown
 from hybrid.evaluation.advisor import advise as advised
-from hybrid.evaluation.asking import Asker, GatewayAsker, Offer, Remembered, ServerAsker, shown_settings
+from hybrid.evaluation.asking import Asker, Offer
 from hybrid.evaluation.inventory import home_offer
 from hybrid.evaluation.metrics import Example
 from hybrid.evaluation.runner import Job, Ledger, jobs_for, run, sample, token_limit
 from hybrid.evaluation.tasks import Learnable, Task, read_split, read_task
 from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.search import Library
+from hybrid.lifecycle.asker import open_asker
 from hybrid.lifecycle.child import run_child
 from hybrid.lifecycle.scratch import Scratch, folder_of, head_recipe, lora_recipe, made, scratch_name
 from hybrid.models import ModelFiles, materialise
@@ -80,7 +80,8 @@ async def advise(settings: Settings, wish: Wish, out: Path, told: Told) -> Advic
         await _prepare(settings, subject, told)
         bench = await asyncio.to_thread(_artefacts, settings, subject, model)
     asked = _Questions(settings, model, subject, bench)
-    async with _open_asker(asked, told) as asker:
+    lent = {subject.task.name: subject.task.folder}
+    async with open_asker(settings, model, lent=lent, kept=asked.kept, told=told) as asker:
         outcomes, notes = await asked.ask(asker, told)
     advice = await asyncio.to_thread(advised, _measurements(subject, bench, outcomes, notes))
     await asyncio.to_thread(_write, out, advice)
@@ -199,7 +200,7 @@ class _Questions:
         arms = [arm for arm, name in _arms(self.subject, self.bench).items() if name in offer.models]
         return [job for arm in arms for job in jobs_for(task, examples, arm, offer, room)]
 
-    def remembered(self) -> Offer | None:
+    def kept(self) -> Offer | None:
         """What this home offers, where every answer to it is kept already."""
         found = materialise(self.settings.embedder, self.settings.cache)
         library = Library(self.settings.rooms, Embedder(found.path, found.name), self.settings.retrieval)
@@ -222,32 +223,9 @@ class _Questions:
         outcomes: dict[str, list[Outcome]] = {}
         for outcome in done:
             outcomes.setdefault(outcome.arm, []).append(outcome)
-        return outcomes, [_why_missing(arm) for arm, name in wanted.items() if name not in offer.models]
-
-
-@contextlib.asynccontextmanager
-async def _open_asker(questions: _Questions, told: Told) -> AsyncIterator[Asker]:
-    """The server of this home, or an engine for this run, or nobody where there is nothing to ask. Raises NotReady."""
-    settings, task, base = questions.settings, questions.subject.task, questions.model.sha256
-    server = reach.find(settings.rooms.server_file)
-    if server is not None:
-        async with server.connect() as session:
-            yield ServerAsker(session, shown_settings(settings), base)
-        return
-    offer = await asyncio.to_thread(questions.remembered)
-    if offer is not None:
-        yield Remembered(offer)
-        return
-    async with open_gateway(settings, told) as gateway:
-        gateway.shelves.lend(task.name, task.folder)
-        ended = time.monotonic() + settings.engine.start_timeout_s
-        while not gateway.ready()[0]:
-            if time.monotonic() > ended:
-                raise NotReady("The engine did not start in time; see .hybrid/logs/engine.log.")
-            told(gateway.ready()[1], 0, 1)
-            await asyncio.sleep(0.2)
-        await gateway.embed(["."])  # loaded now, so that no answer's latency holds its start
-        yield GatewayAsker(gateway, base)
+        unserved = [arm for arm, name in wanted.items() if name not in offer.models]
+        why = "was not measured: it is not served; `hybrid adapters list` says why."
+        return outcomes, [f"{arm} {why}" for arm in unserved]
 
 
 def _arms(subject: _Subject, bench: _Artefacts) -> dict[str, str]:
@@ -276,12 +254,6 @@ async def _offered(asker: Asker, models: set[str], told: Told) -> Offer:
             return offer
         told("waiting for the new versions", 0, 1)
         await asyncio.sleep(0.5)
-
-
-def _why_missing(arm: str) -> str:
-    if arm.startswith("few_shot"):
-        return f"{arm} was not measured: a running server finds examples in eval/tasks/ only."
-    return f"{arm} was not measured: it is not served; `hybrid adapters list` says why."
 
 
 # --- the numbers ---------------------------------------------------------------------------------------------------
