@@ -31,6 +31,8 @@ def models(store: AdapterStore, library: Library, tasks: Sequence[str], base: st
     """
     out = [_model("auto", parent=base, root="auto"), _model("base", parent=None, root=base)]
     out += [_model("prompt", parent=base, root=base)]
+    if len([name for name in store.names() if store.alias(name)]) > 1:
+        out.append(_model("mix", parent=base, root="mix"))
     out += [_model(f"few_shot:{task}", parent=base, root=base) for task in tasks]
     corpora = library.names()
     out += [_model(f"rag:{corpus}", parent=base, root=base) for corpus in corpora]

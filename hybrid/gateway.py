@@ -25,11 +25,13 @@ from hybrid.adapters.heads import Heads, Verdict
 from hybrid.adapters.hotload import HotLoader
 from hybrid.adapters.kinds import HEAD, LORA
 from hybrid.adapters.listing import AdapterVersion
+from hybrid.adapters.mixes import Mixes
 from hybrid.adapters.store import AdapterStore
 from hybrid.engine import Engine
 from hybrid.errors import BadRequest, HybridError, ModelNotFound, NotFound, NotReady
 from hybrid.gate.decide import Decider, new_id
 from hybrid.gate.enrol import Enrolment
+from hybrid.gate.mixing import MIX, Mixer
 from hybrid.gate.published import newest_card
 from hybrid.journal import Journal
 from hybrid.knowledge.search import Library
@@ -82,7 +84,16 @@ class Gateway:
         self.library = library
         self.shelves = shelves
         self.decider = decider
-        self.names = Names(engine=engine, store=store, loader=loader, library=library, shelves=shelves)
+        mixes = Mixes(
+            store,
+            loader,
+            engine,
+            max_rank=settings.engine.max_lora_rank,
+            limit=settings.engine.max_mixes,
+            in_use=self.in_use,
+        )
+        self.names = Names(engine=engine, store=store, loader=loader, library=library, shelves=shelves, mixes=mixes)
+        self._mixer = Mixer(decider, settings.gate)
         self.journal = Journal(state)
         self._heads = Heads(library.embedder)
         self.count_tokens = count_tokens
@@ -141,6 +152,8 @@ class Gateway:
         arm = self.names.arm(request.model)
         if arm is None:
             decision = await self.decider.decide(request)
+        elif arm == MIX:
+            decision = await self._mixer.decide(request)
         else:
             decision = Decision(id=new_id(), arm=arm, reason="the caller named the model", chosen_by="caller")
         versions = await self.names.versions(decision.arm)

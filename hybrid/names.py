@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from hybrid.adapters.hotload import HotLoader
 from hybrid.adapters.listing import AdapterVersion
+from hybrid.adapters.mix import parse_weights
+from hybrid.adapters.mixes import Mixes
 from hybrid.adapters.store import AdapterStore
 from hybrid.engine import Engine
 from hybrid.errors import ModelNotFound
@@ -20,13 +22,14 @@ class Names:
     """Looks names up. Nothing here falls back: an unknown name is an error that says what is known."""
 
     def __init__(
-        self, *, engine: Engine, store: AdapterStore, loader: HotLoader, library: Library, shelves: Shelves
+        self, *, engine: Engine, store: AdapterStore, loader: HotLoader, library: Library, shelves: Shelves, mixes: Mixes
     ) -> None:
         self._engine = engine
         self._store = store
         self._loader = loader
         self._library = library
         self._shelves = shelves
+        self._mixes = mixes
 
     def arm(self, model: str) -> Arm | None:
         """The arm a `model` names; None for `auto`. Raises ModelNotFound, never falls back."""
@@ -52,6 +55,8 @@ class Names:
         """
         if arm.strategy == "head":
             return {arm.args[0]: self._store.head(arm.args[0])}
+        if arm.strategy == "mix":
+            return {str(arm): await self._mixes.serve(parse_weights(arm.args[0]))}
         return {spec: await self._version(spec) for spec in arm.adapters}
 
     async def _version(self, spec: str) -> AdapterVersion:
@@ -80,6 +85,8 @@ class Names:
             self._store.head(arm.args[0])
         if len(arm.args) > _PARTS.get(arm.strategy, 1):
             raise ModelNotFound(f"{model[:80]!r} has more parts than {arm.strategy} takes.", param="model")
+        if arm.strategy == "mix" and arm.args:
+            parse_weights(arm.args[0])
         for adapter in arm.adapters:
             self._store.model(adapter)
         corpus = arm.args[-1] if len(arm.args) == (2 if arm.adapter else 1) and "rag" in arm.strategy else None

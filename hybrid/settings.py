@@ -53,6 +53,7 @@ class EngineSettings(_Section):
     max_loras: int = Field(8, description="adapters computed in one batch")
     max_cpu_loras: int = Field(32, description="adapters kept in memory")
     max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 32
+    max_mixes: int = Field(16, ge=1, description="mixes kept as adapters; the one not used for longest goes")
     max_num_seqs: int = 32
     kv_cache_gb: int = Field(2, description="VLLM_CPU_KVCACHE_SPACE, in GiB")
     dtype: str = "bfloat16"
@@ -84,6 +85,8 @@ class GateSettings(_Section):
     default_arm: str = Field("prompt", description="answers when the gate cannot")
     abstain_below: float = Field(0.4, ge=0, le=1, description="a narrow arm less likely than this is not taken")
     few_shot_k: int = Field(4, ge=1, le=32)
+    mix_top_k: int = Field(2, ge=1, le=8, description="adapters in a mix that the gate weighs")
+    mix_balance: float = Field(0.0, ge=0, description="how far, in nats, the load may change which adapters are mixed")
     log_vectors: bool = Field(True, description="keep the vector of a routed query, never its words, for drift")
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from hybrid.adapters.canary import Recording, canary
 from hybrid.adapters.kinds import LORA, check_other
-from hybrid.adapters.listing import PENDING, AdapterVersion
+from hybrid.adapters.listing import MIX, PENDING, AdapterVersion
 from hybrid.adapters.preflight import BaseFacts, check
 from hybrid.adapters.store import AdapterStore
 from hybrid.engine import Engine
@@ -210,7 +210,7 @@ class HotLoader:
 
     async def _decide(self, version: AdapterVersion) -> None:
         """The alias rule: the first version takes the name; a later one takes it unless it is measured worse."""
-        if version.kind != LORA:
+        if version.kind != LORA or version.name == MIX:
             return
         async with self._deciding:
             await asyncio.to_thread(self._store.refresh)

@@ -20,6 +20,9 @@ PENDING = ("staged", "preflight", "loaded", "canary")
 #: passed every check and may answer
 SERVABLE = ("candidate", "live", "draining")
 
+#: the name of all mixes, which nothing else can have: each is a version of it, and its card says what it mixes
+MIX = "mix"
+
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
 
@@ -177,6 +180,6 @@ def open_version(room: Path, name: str, number: int) -> AdapterVersion:
 
 def _is_name(name: str) -> bool:
     try:
-        return check_name(name) == name
+        return name == MIX or check_name(name) == name
     except Refused:
         return False

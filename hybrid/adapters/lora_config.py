@@ -55,10 +55,14 @@ PLAIN_INITS = frozenset(["gaussian", "eva", "orthogonal", "mica", "lora_ga"])
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
-    """What preflight needs of a valid config. `targets` is None where the modules cannot be told from the config."""
+    """What is needed of a valid config. `targets` is None where the modules cannot be told from the config.
+
+    The weight of a module is W + `scale` · B A.
+    """
 
     rank: int
     targets: tuple[str, ...] | None
+    scale: float
 
 
 def read(folder: Path, max_rank: int) -> LoraConfig:
@@ -75,7 +79,9 @@ def read(folder: Path, max_rank: int) -> LoraConfig:
             "retrain without it, or remove it if it has no effect on the result."
         )
     _check_init(config.get("init_lora_weights", True))
-    return LoraConfig(_rank(config, max_rank), _targets(config))
+    rank = _rank(config, max_rank)
+    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return LoraConfig(rank, _targets(config), scale)
 
 
 def _is_default(value: Any) -> bool:

@@ -10,6 +10,7 @@ one transaction with its line in the audit, and an alias moves by compare-and-se
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from sqlalchemy.exc import IntegrityError
 from hybrid.adapters.adopt import copy_adapter
 from hybrid.adapters.kinds import LORA, weights_of
 from hybrid.adapters.listing import (
+    MIX,
     SERVABLE,
     AdapterVersion,
     Alias,
@@ -60,16 +62,15 @@ class AdapterStore:
     # --- reading ---------------------------------------------------------------------------------------------------
 
     def versions(self, name: str | None = None) -> list[AdapterVersion]:
-        """The published versions (of one name), newest last."""
+        """The published versions (of one name), newest last; mixes are found by their name alone."""
         listing = self._listing.versions
-        found = (
-            listing.get(name, {}).values() if name is not None else (v for n in listing.values() for v in n.values())
-        )
+        names = self.names() if name is None else [name]
+        found = [version for each in names for version in listing.get(each, {}).values()]
         return sorted(found, key=lambda v: (v.created, v.name, v.version))
 
     def names(self) -> list[str]:
-        """The names that have a version, in alphabetical order."""
-        return sorted(self._listing.versions)
+        """The names that have a version, in alphabetical order; that of mixes is not one of them."""
+        return sorted(self._listing.versions.keys() - {MIX})
 
     def alias(self, name: str) -> int | None:
         """The version that the bare name means, if that one serves here."""
@@ -109,7 +110,19 @@ class AdapterStore:
         folder it is given and returns the card; name, version, sha256 and created are added here. Raises Refused for a
         bad name or a folder that is none; whatever `fill` raises comes through, and nothing is published.
         """
-        check_name(name)
+        return self._publish(check_name(name), fill)
+
+    def publish_mix(self, fill: Callable[[Path], dict[str, Any]]) -> AdapterVersion:
+        """The same for a mix, under the name that nothing else can have."""
+        return self._publish(MIX, fill)
+
+    def discard_mix(self, version: int) -> None:
+        """Retires a mix and removes its files: its members are there, and it can be made again."""
+        self.retire(MIX, version)
+        shutil.rmtree(self._room / MIX / str(version), ignore_errors=True)
+        self.refresh()
+
+    def _publish(self, name: str, fill: Callable[[Path], dict[str, Any]]) -> AdapterVersion:
         if (self._room / name).is_symlink():
             raise Refused(f"adapters/{name} is a symbolic link; adapters are kept in the home itself. Replace it.")
         version = self._reserve(name)

@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from hybrid.errors import Refused
+
+Floats = npt.NDArray[np.float32]
 
 MAX_HEADER = 16 << 20
 
@@ -99,6 +102,25 @@ def _check_tiling(tensors: Iterable[Tensor], origin: int, size: int, file: str) 
             raise Refused(f"{file} is truncated: it ends {end - size:,} bytes too early. Copy it again, whole.")
         if start != end:
             raise Refused(f"the tensors of {file} overlap or leave gaps; save the weights again.")
+
+
+def read_floats(path: Path) -> dict[str, Floats]:
+    """The tensors of a safetensors file by name, as float32. Raises Refused for a file or a dtype that is not sound."""
+    tensors = read_header(path)
+    check_finite(path, tensors)
+    found = {}
+    with path.open("rb") as file:
+        for name, tensor in tensors.items():
+            file.seek(tensor.start)
+            found[name] = _floats(file.read(tensor.end - tensor.start), tensor.dtype).reshape(tensor.shape)
+    return found
+
+
+def _floats(raw: bytes, dtype: str) -> Floats:
+    """numpy has no bfloat16: its bits are the upper half of a float32."""
+    if dtype == "BF16":
+        return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
+    return np.frombuffer(raw, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float32)
 
 
 def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
 
-from hybrid.strategies import adapter, few_shot, head, prompt, rag
+from hybrid.strategies import adapter, few_shot, head, mix, prompt, rag
 from hybrid.strategies.tools import Tools
 from hybrid.types import Arm, Event, Request
 
@@ -20,6 +20,7 @@ STRATEGIES: Mapping[str, Run] = {
     "prompt": prompt.run,
     "few_shot": few_shot.run,
     "head": head.run,
+    "mix": mix.run,
     "rag": rag.run,
     "adapter": adapter.run,
     "adapter+rag": rag.run,

@@ -1,0 +1,275 @@
+"""Weighted mixes: one adapter whose update is the weighted sum of others', made once and found again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from adapters_kit import filling, make_adapter, make_base
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+from server_kit import Running, chat, make_home, running, until
+
+from hybrid.adapters.listing import AdapterVersion
+from hybrid.adapters.mix import concatenated, parse_weights, quantised, read_factors, write_factors
+from hybrid.adapters.preflight import BaseFacts, check, read_base
+from hybrid.errors import BadRequest
+from hybrid.gate.sparse import balanced, load_balance, top_k_softmax
+
+KINDS = ("q_proj", "v_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> BaseFacts:
+    return make_base(tmp_path_factory.mktemp("base") / "model")
+
+
+async def publish(server: Running, name: str, seed: int, **more: Any) -> AdapterVersion:
+    """An adapter that has passed its checks."""
+    fill = filling(read_base(Path(server.settings.model)), seed=seed, **more)
+    version = await asyncio.to_thread(server.gateway.store.publish, name, fill)
+    return await server.gateway.loader.load_now(version.id)
+
+
+@st.composite
+def adapter_specs(draw: st.DrawFn) -> dict[str, Any]:
+    return {
+        "r": draw(st.integers(1, 9)),
+        "lora_alpha": draw(st.sampled_from([1, 4, 16, 31.5])),
+        "use_rslora": draw(st.booleans()),
+        "target_modules": draw(st.lists(st.sampled_from(KINDS), min_size=1, unique=True)),
+        "seed": draw(st.integers(0, 99)),
+        "weight": draw(st.floats(0.05, 3)),
+    }
+
+
+def write(folder: Path, base: BaseFacts, spec: dict[str, Any]) -> Path:
+    """A PEFT folder as the specification says, on some modules only."""
+    config = {key: value for key, value in spec.items() if key not in ("seed", "weight")}
+    make_adapter(folder, base, rank=spec["r"], **config)
+    random = np.random.default_rng(spec["seed"])
+    weights = load_file(folder / "adapter_model.safetensors")
+    kept = {
+        name: random.normal(size=tensor.shape).astype(np.float32)
+        for name, tensor in weights.items()
+        if any(f".{kind}." in name for kind in spec["target_modules"])
+    }
+    save_file(kept, folder / "adapter_model.safetensors")
+    return folder
+
+
+def updates(folder: Path) -> dict[str, np.ndarray]:
+    """ΔW by module, from the files alone."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+    modules = {name.rpartition(".lora_")[0] for name in tensors}
+    return {
+        module: scale * tensors[f"{module}.lora_B.weight"].astype(float) @ tensors[f"{module}.lora_A.weight"]
+        for module in modules
+    }
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(specs=st.lists(adapter_specs(), min_size=2, max_size=4))
+def test_the_update_of_a_mix_is_the_weighted_sum(
+    base: BaseFacts, tmp_path_factory: pytest.TempPathFactory, specs: list[dict[str, Any]]
+) -> None:
+    room = tmp_path_factory.mktemp("mix")
+    folders = [write(room / str(n), base, spec) for n, spec in enumerate(specs)]
+    (room / "mix").mkdir()
+    members = [(spec["weight"], read_factors(folder)) for spec, folder in zip(specs, folders, strict=True)]
+    write_factors(room / "mix", concatenated(members))
+    check(room / "mix", base, max_rank=64)  # what serves passes preflight
+    mixed = updates(room / "mix")
+    wanted: dict[str, Any] = {}
+    for spec, folder in zip(specs, folders, strict=True):
+        for module, update in updates(folder).items():
+            wanted[module] = wanted.get(module, 0) + spec["weight"] * update
+    assert mixed.keys() == wanted.keys()
+    for module, update in wanted.items():
+        np.testing.assert_allclose(mixed[module], update, rtol=1e-4, atol=1e-4 * abs(update).max())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_members_of_every_dtype_are_read(base: BaseFacts, tmp_path: Path, dtype: str) -> None:
+    import torch
+    from safetensors.torch import save_file as save_torch
+
+    folder = make_adapter(tmp_path / "a", base)
+    tensors = {
+        name: torch.from_numpy(tensor).to(getattr(torch, dtype))
+        for name, tensor in load_file(folder / "adapter_model.safetensors").items()
+    }
+    save_torch(tensors, folder / "adapter_model.safetensors")
+    for module, (a, b) in read_factors(folder).by_module.items():
+        np.testing.assert_array_equal(a, tensors[f"base_model.model.{module}.lora_A.weight"].float().numpy())
+        np.testing.assert_array_equal(b, tensors[f"base_model.model.{module}.lora_B.weight"].float().numpy() * 4)
+
+
+@given(st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.floats(1e-3, 1e3), min_size=1, max_size=8))
+def test_kept_weights_are_twentieths_that_sum_to_one(weights: dict[str, float]) -> None:
+    kept = quantised(weights)
+    total = math.fsum(weights.values())
+    assert math.isclose(sum(kept.values()), 1)
+    assert all(abs(kept.get(name, 0) - weight / total) < 1 / 20 for name, weight in weights.items())
+    assert kept == quantised(dict(reversed(weights.items()))) == quantised(kept)
+    assert list(kept) == sorted(kept)
+
+
+@given(st.sets(st.integers(1, 19), min_size=1, max_size=3))
+def test_weights_in_twentieths_are_kept_as_they_are(cuts: set[int]) -> None:
+    edges = [0, *sorted(cuts), 20]
+    weights = {str(n): (end - start) / 20 for n, (start, end) in enumerate(pairwise(edges))}
+    assert quantised(weights) == weights == quantised({name: 7 * weight for name, weight in weights.items()})
+
+
+rows = st.integers(2, 6).flatmap(
+    lambda arms: st.lists(st.lists(st.floats(-9, 9), min_size=arms, max_size=arms), min_size=1, max_size=40)
+)
+
+
+@given(rows, st.integers(1, 7), st.floats(0.1, 5))
+def test_sparse_weights_are_a_softmax_of_the_best(scores: list[list[float]], k: int, temperature: float) -> None:
+    given_ = np.array(scores)
+    weights = top_k_softmax(given_, k, temperature)
+    count = min(k, given_.shape[1])
+    np.testing.assert_allclose(weights.sum(axis=1), 1)
+    for row, scored in zip(weights, given_, strict=True):
+        taken = row > 0
+        assert taken.sum() <= count
+        best = np.sort(scored)[-count:]
+        np.testing.assert_allclose(np.sort(row)[-count:], np.exp(best / temperature) / np.exp(best / temperature).sum())
+
+
+@given(rows, st.integers(1, 3), st.floats(0, 5))
+def test_balancing_never_makes_the_load_less_even(scores: list[list[float]], k: int, strength: float) -> None:
+    given_ = np.array(scores)
+    bias = balanced(given_, k, strength)
+    even = np.zeros_like(given_)  # with equal scores every chosen arm weighs the same: the load is what is left
+    assert np.abs(bias).max() <= strength
+
+    def load(by: np.ndarray) -> float:
+        chosen = top_k_softmax(given_, k, bias=by) > 0
+        return load_balance(even + chosen)
+
+    assert load(bias) <= load(np.zeros(given_.shape[1])) + 1e-12
+
+
+def test_balancing_evens_a_load_that_one_arm_takes() -> None:
+    random = np.random.default_rng(0)
+    scores = random.normal(size=(400, 4)) + np.array([2, 0, 0, 0])
+    before, after = (top_k_softmax(scores, 1, bias=bias) for bias in (None, balanced(scores, 1, 3.0)))
+    assert load_balance(before) > 0.5
+    assert load_balance(after) < 0.05
+    assert load_balance(np.eye(4)) == 0
+    assert load_balance(np.array([[1.0, 0, 0, 0]])) == 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a", "a=1", "a=0.5,b", "a=0.5,b=", "a=0,b=1", "a=-1,b=1", "a=nan,b=1", "a=inf,b=1", "=1,b=1", "a=1,a=2", ""],
+)
+def test_a_spec_that_is_no_mix_is_refused_in_words(text: str) -> None:
+    with pytest.raises(BadRequest) as refusal:
+        parse_weights(text)
+    assert refusal.value.message.endswith(".")
+    assert parse_weights("b=0.3, a@2=7e-1") == {"b": 0.3, "a@2": 0.7}
+
+
+async def selected(server: Running, model: str, **more: Any) -> str:
+    """The version that answered, as the headers tell."""
+    status, body, headers = await server.post("/v1/chat/completions", chat("hello there", model=model, **more))
+    assert status == 200, body
+    assert body["choices"][0]["message"]["content"]
+    return f"{headers['x-hybrid-selected-adapter']}@{headers['x-hybrid-selected-version']}"
+
+
+async def refusal(server: Running, model: str) -> tuple[int, str, str]:
+    status, body, _ = await server.post("/v1/chat/completions", chat("hello", model=model))
+    return status, body["error"]["code"], body["error"]["message"]
+
+
+async def test_a_mix_is_made_once_and_answers(tmp_path: Path) -> None:
+    home = make_home(tmp_path)
+    async with running(home) as server:
+        first = await publish(server, "a", 1)
+        second = await publish(server, "b", 2)
+        made = await selected(server, "mix:a=0.7,b=0.3")
+        assert made == "mix@1"
+        for same in ("mix:b=0.3,a=0.7", "mix:a=7,b=3", "mix:a@1=0.71,b@1=0.29", "hybrid/mix:a=0.7,b=0.3"):
+            assert await selected(server, same) == made
+        assert await selected(server, "mix:a=0.3,b=0.7") == "mix@2"
+        assert await selected(server, "mix@2") == "mix@2"
+        mix = server.gateway.store.resolve("mix@1")
+        assert mix.card["mix"] == {"a@1": 0.7, "b@1": 0.3}
+        assert (mix.state, mix.card["rank"]) == ("candidate", 8)
+        for module, update in updates(mix.ref.path).items():
+            wanted = 0.7 * updates(first.ref.path)[module] + 0.3 * updates(second.ref.path)[module]
+            np.testing.assert_allclose(update, wanted, atol=1e-4)
+        ids = {model["id"] for model in (await server.get("/v1/models"))[1]["data"]}
+        assert "mix" in ids
+        assert not {id for id in ids if id.startswith("mix@")}
+        _, status, _ = await server.get("/v1/status")
+        assert {version["name"] for version in status["adapters"]} == set(status["aliases"]) == {"a", "b"}
+        digest = mix.ref.sha256
+    async with running(home) as server:  # the same spec is the same artefact after a restart
+        assert await selected(server, "mix:a=0.7,b=0.3") == made
+        await publish(server, "a", 3)  # a new version of a member is another mix; the old one is named by its number
+        assert server.gateway.store.resolve("a").version == 2
+        assert await selected(server, "mix:a=0.7,b=0.3") == "mix@3"
+        assert await selected(server, "mix:a@1=0.7,b=0.3") == made
+    (tmp_path / "again").mkdir()
+    async with running(make_home(tmp_path / "again")) as server:  # and in another home it has the same bytes
+        await publish(server, "b", 2)
+        await publish(server, "a", 1)
+        assert await selected(server, "mix:b=0.3,a=0.7") == "mix@1"
+        assert server.gateway.store.resolve("mix@1").ref.sha256 == digest
+
+
+async def test_what_cannot_be_mixed_is_refused_in_words(tmp_path: Path) -> None:
+    async with running(make_home(tmp_path)) as server:
+        await publish(server, "a", 1)
+        assert "mix" not in {model["id"] for model in (await server.get("/v1/models"))[1]["data"]}
+        await publish(server, "b", 2)
+        await publish(server, "wide", 3, rank=30)
+        assert (await refusal(server, "mix:a=0.5,nobody=0.5"))[:2] == (404, "model_not_found")
+        assert (await refusal(server, "mix:a=0.5,b@7=0.5"))[:2] == (404, "model_not_found")
+        assert (await refusal(server, "mix:a=0.5,b=0.5:c"))[:2] == (404, "model_not_found")
+        assert (await refusal(server, "mix"))[:2] == (404, "model_not_found")  # the gate has learned of neither
+        for malformed in ("mix:a=1", "mix:a", "mix:a=0.5,b=0", "mix:a=0.5,b=-1", "mix:a=0.5,a@1=0.5"):
+            assert (await refusal(server, malformed))[:2] == (400, "invalid_request_error"), malformed
+        assert "leave it out" in (await refusal(server, "mix:a=99,b=1"))[2]
+        status, _, words = await refusal(server, "mix:a=0.5,wide=0.5")
+        assert status == 400
+        assert "4 + 30" in words
+        assert "engine.max_lora_rank" in words
+        status, _, _ = await server.post("/v1/load_lora_adapter", {"lora_name": "mix", "lora_path": str(tmp_path)})
+        assert status == 422
+        assert not server.gateway.store.versions("mix")
+
+
+async def test_few_mixes_are_kept_and_none_that_answers_goes(tmp_path: Path) -> None:
+    async with running(make_home(tmp_path, engine={"max_mixes": 2})) as server:
+        store = server.gateway.store
+        await publish(server, "a", 1)
+        await publish(server, "b", 2)
+        slow = asyncio.create_task(server.post("/v1/chat/completions", chat("@stall 1", model="mix:a=0.1,b=0.9")))
+        await until(lambda: any(server.gateway.in_use(v.ref.engine_name) for v in store.versions("mix")))
+        for number, model in ((2, "mix:a=0.2,b=0.8"), (3, "mix:a=0.3,b=0.7")):
+            assert await selected(server, model) == f"mix@{number}"
+        assert [v.id for v in store.versions("mix")] == ["mix@1", "mix@3"]
+        assert not (tmp_path / "adapters" / "mix" / "2").exists()
+        loaded = await server.gateway.engine.loaded()
+        assert sorted(name.partition("-")[0] for name in loaded if name.startswith("mix")) == ["mix@1", "mix@3"]
+        slow.cancel()
+        await until(lambda: not server.inflight)
+        assert await selected(server, "mix:a=0.2,b=0.8") == "mix@4"
+        assert [v.id for v in store.versions("mix")] == ["mix@3", "mix@4"]
