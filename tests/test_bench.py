@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
-from collections.abc import Iterator
+import socket
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import uvicorn
 from adapters_kit import make_adapter
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from conftest import Served, hybrid, start_server, stop_server
 from server_kit import make_home, until
 from tiny_model import make_tiny_model
+from training_kit import write_colours
 from typer.main import get_command
 
 from hybrid import reach
 from hybrid.adapters.preflight import read_base
 from hybrid.adapters.store import AdapterStore
 from hybrid.bench import BENCHMARKS, hotload
+from hybrid.bench import eval as bench_eval
 from hybrid.bench import train as bench_train
 from hybrid.bench.contest import WARM_UP, Plan, Row, drawn, tokens_of
+from hybrid.bench.result import ratio
 from hybrid.bench.routing import Owned, wilson
 from hybrid.cli.bench import app
-from hybrid.errors import BadRequest, SetupError
+from hybrid.engine.scripted import Server as ScriptedServer
+from hybrid.errors import BadRequest, DataError, SetupError
 from hybrid.rooms import Home
 from hybrid.state import State
 from hybrid.training.recipes import Recipe
@@ -67,7 +74,9 @@ def bench(home: Path, *args: str) -> dict:
 
 def make_task(folder: Path, inputs: list[str]) -> Path:
     folder.mkdir()
-    (folder / "task.json").write_text(json.dumps({"name": folder.name, "instruction": "Say hello."}))
+    (folder / "task.json").write_text(
+        json.dumps({"name": folder.name, "instruction": "Say hello.", "metric": "accuracy"})
+    )
     rows = ({"id": str(i), "input": text, "reference": "x"} for i, text in enumerate(inputs))
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -216,6 +225,69 @@ def test_train_compares_trainers_on_the_same_rows(tmp_path: Path, mine: Path) ->
     assert [goal["limit"] for goal in found["goals"]] == [6.0, bench_train.EQUAL, 1.0, 1.5, bench_train.EQUAL, 1.0]
 
 
+@contextlib.asynccontextmanager
+async def scripted_server() -> AsyncIterator[tuple[str, ScriptedServer]]:
+    """A scripted engine at a URL, and what reached it."""
+    scripted = ScriptedServer("base", 2048, 32)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(scripted.app(), log_config=None))
+        server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
+        task = asyncio.create_task(server.serve([listener]))
+        await until(lambda: server.started)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", scripted
+        server.should_exit = True
+        await task
+
+
+async def test_eval_asks_both_sides_the_same_and_nothing_twice(tmp_path: Path) -> None:
+    task = make_task(tmp_path / "colours", [])
+    write_colours(task, train=(0, 20), dev=(100, 4), test=(200, 2))
+    async with scripted_server() as (url, scripted):
+        settings = make_home(tmp_path / "home", engine={"kind": url})
+        result = await bench_eval.measure(
+            settings, [task], arms=bench_eval.ARMS, limit=2, rounds=2, out=tmp_path / "out", progress=lambda *_: None
+        )
+        asked = [row["body"] for row in scripted.log.requests if "cache_salt" in row["body"]]
+    sides: dict[str, list[str]] = {}
+    for body in asked:
+        sides.setdefault(body["cache_salt"], []).append(json.dumps({**body, "cache_salt": ""}, sort_keys=True))
+    ours, engine = sides.values()
+    assert sorted(ours) == sorted(engine), "the same prompts, the same sampling"
+    assert len(set(ours)) == len(ours) == 2 * 3 * 2, "and every one once"
+    assert sum("item 100 is red" in body for body in ours) == 2, "one an arm"
+    assert max(len(body["messages"]) for body in asked) == 1 + 2 * settings.gate.few_shot_k
+
+    written = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert (tmp_path / "out" / "eval.png").read_bytes().startswith(b"\x89PNG")
+    assert {key: written[key] for key in result.wire()} == json.loads(json.dumps(result.wire()))
+    assert [len(turns) for arm in written["turns"].values() for turns in arm.values()] == [2] * 4
+    assert [row["arm"] for row in result.rows] == list(bench_eval.ARMS)
+    for row in result.rows:
+        low, high = row["ci95"]
+        assert 0 < low <= row["times"] <= high
+    assert result.goals[-1].met, "equal prompts"
+
+
+def test_eval_is_a_command(served: Served, tmp_path: Path) -> None:
+    found = bench(tmp_path, "eval", "--arms", "prompt", "--limit", "2", "--rounds", "1")
+    assert found["summary"]["tasks"] == ["tickets", "orders_sql"]
+    assert [goal["limit"] for goal in found["goals"]] == [bench_eval.GOAL, 0]
+    assert not list(tmp_path.iterdir()), "a benchmark writes nothing but its result"
+
+
+async def test_eval_says_which_rows_are_too_few(tmp_path: Path) -> None:
+    task = make_task(tmp_path / "colours", [])
+    write_colours(task, train=(0, 20), dev=(100, 4), test=(200, 2))
+    settings = make_home(tmp_path / "home")
+    with pytest.raises(DataError, match="has 6 rows in dev and test"):
+        await bench_eval.measure(
+            settings, [task], arms=["prompt"], limit=3, rounds=2, out=None, progress=lambda *_: None
+        )
+    with pytest.raises(BadRequest, match="Not measured here: rag"):
+        await bench_eval.measure(settings, [], arms=["rag"], limit=1, rounds=1, out=None, progress=lambda *_: None)
+
+
 def test_rows_are_drawn_for_equal_rounds() -> None:
     rows = [Row((n,) * 9, (1,), (), "") for n in range(7)]
     found = drawn(rows, Recipe(batch_size=4), tokens=200, rounds=3)
@@ -227,9 +299,9 @@ def test_rows_are_drawn_for_equal_rounds() -> None:
 
 
 def test_a_ratio_is_of_rounds_that_belong_together() -> None:
-    noisy = bench_train.ratio([100, 10, 50, 20], [50, 5, 25, 10])
+    noisy = ratio([100, 10, 50, 20], [50, 5, 25, 10])
     assert noisy == {"median": 2.0, "ci95": [2.0, 2.0]}
-    low, high = bench_train.ratio([100, 100, 100, 100], [50, 40, 25, 20])["ci95"]
+    low, high = ratio([100, 100, 100, 100], [50, 40, 25, 20])["ci95"]
     assert 2.0 <= low < high <= 5.0
 
 

@@ -1,7 +1,7 @@
 """Benchmarks a user can run: what this machine and this home do, beside what they should.
 
-Each is an async function that returns a `Result` and writes nothing else. All but `train` and `survive` talk HTTP to a
-server, as a client does.
+Each is an async function that returns a `Result` and writes nothing else. `routing` and `hotload` talk HTTP to the
+server of this home, as a client does.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hybrid.bench import eval as evaluator
 from hybrid.bench import hotload, routing, startup, survive, train
 from hybrid.bench.result import Result
 
@@ -25,6 +26,7 @@ class Benchmark:
 BENCHMARKS: Mapping[str, Benchmark] = {
     "routing": Benchmark("How often the gate finds a task's own arm, and what a decision costs.", routing.measure),
     "hotload": Benchmark("How soon a new adapter answers while streams run, and whether one breaks.", hotload.measure),
+    "eval": Benchmark("How much of the engine's own speed the evaluator uses, on the same prompts.", evaluator.measure),
     "startup": Benchmark("How long a start takes, from the command to the first token.", startup.measure),
     "survive": Benchmark("Whether a training that is killed ends where one left alone ends.", survive.measure),
     "train": Benchmark("How fast our trainer learns beside TRL's and a plain loop, and how well.", train.measure),

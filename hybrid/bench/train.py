@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from hybrid.bench.contest import WARM_UP, Plan
-from hybrid.bench.result import Goal, Result
+from hybrid.bench.result import Goal, Result, ratio
 from hybrid.errors import BadRequest, SetupError
 from hybrid.models import ModelFiles
 from hybrid.quickstart import write_tasks
@@ -33,7 +33,6 @@ OURS = "hybrid"
 RIVALS = {"trl": 6.0, "plain": 1.5}
 #: what two dev losses may differ by and be called equal, in nats a token
 EQUAL = 0.02
-DRAWS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,14 +169,6 @@ async def _slice(racer: Contestant, judge: Contestant, steps: int) -> None:
     verdict = await judge.ask({"weights": done["weights"]})
     racer.slices.append(Slice(done["tokens"], done["seconds"], verdict["dev_loss"]))
     racer.peak_mb = done["peak_mb"]
-
-
-def ratio(ours: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
-    """The median over rounds of ours by the other, with its 95 % percentile bootstrap interval (Efron 1979)."""
-    paired = np.divide(ours, other)
-    drawn = np.random.default_rng(0).choice(paired, (DRAWS, len(paired)))
-    low, high = np.percentile(np.median(drawn, axis=1), (2.5, 97.5))
-    return {"median": round(float(np.median(paired)), 2), "ci95": [round(float(low), 2), round(float(high), 2)]}
 
 
 def _result(racers: Sequence[Contestant], facts: dict[str, Any]) -> Result:

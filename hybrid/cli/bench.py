@@ -12,6 +12,7 @@ import typer
 from hybrid import reach
 from hybrid.adapters.store import AdapterStore
 from hybrid.bench import BENCHMARKS
+from hybrid.bench.eval import ARMS
 from hybrid.bench.result import Result
 from hybrid.bench.routing import Owned
 from hybrid.bench.train import RIVALS
@@ -75,6 +76,27 @@ def hotload(
     with bar() as progress:
         measure = BENCHMARKS["hotload"].measure
         _show(measure(server, store, adapter=adapter, streams=streams, repeat=repeat, progress=progress), json_)
+
+
+@app.command("eval", help=BENCHMARKS["eval"].description)
+def evaluate(
+    task: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="a task folder; repeatable (default: the quickstart's two)")
+    ] = None,
+    arms: Annotated[str, typer.Option(help="which arms, comma separated")] = ",".join(ARMS),
+    limit: Annotated[int, typer.Option(min=1, help="rows of each task in a round")] = 24,
+    rounds: Annotated[int, typer.Option(min=1, help="turns that each side takes; the intervals are over them")] = 6,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="where eval.json and eval.png are written")] = None,
+    json_: Json = False,
+) -> None:
+    """Needs no running server: it starts an engine in a temporary home. No prompt comes twice."""
+    settings = Settings.load()
+    wanted = [name.strip() for name in arms.split(",") if name.strip()]
+    with bar() as progress:
+        run = BENCHMARKS["eval"].measure(
+            settings, task or [], arms=wanted, limit=limit, rounds=rounds, out=out, progress=progress
+        )
+        _show(run, json_)
 
 
 @app.command("startup", help=BENCHMARKS["startup"].description)
