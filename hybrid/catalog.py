@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -24,7 +24,9 @@ def _model(name: str, *, parent: str | None, root: str, owner: str = "hybrid", c
     return {"id": name, "object": "model", "created": created, "owned_by": owner, "parent": parent, "root": root}
 
 
-def models(store: AdapterStore, library: Library, tasks: Sequence[str], base: str) -> list[JSON]:
+def models(
+    store: AdapterStore, library: Library, tasks: Sequence[str], base: str, panels: Iterable[str] = ()
+) -> list[JSON]:
     """OpenAI model objects: the gate, the base, the strategies and every adapter that can be asked for.
 
     `parent` and `root` keep vLLM's meaning (what it is built on, what it is really), without server paths.
@@ -50,6 +52,7 @@ def models(store: AdapterStore, library: Library, tasks: Sequence[str], base: st
         with contextlib.suppress(ModelNotFound):
             head = store.head(name)
             out.append(_model(f"head:{name}", parent=None, root=head.id, created=int(head.created)))
+    out += [_model(name, parent=base, root=name) for name in ("moa", *(f"moa:{panel}" for panel in panels), "self_moa")]
     return out
 
 

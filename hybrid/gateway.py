@@ -27,6 +27,7 @@ from hybrid.adapters.kinds import HEAD, LORA
 from hybrid.adapters.listing import AdapterVersion
 from hybrid.adapters.mixes import Mixes
 from hybrid.adapters.store import AdapterStore
+from hybrid.convene import Convener
 from hybrid.engine import Engine
 from hybrid.errors import BadRequest, HybridError, ModelNotFound, NotFound, NotReady
 from hybrid.gate.decide import Decider, new_id
@@ -40,6 +41,7 @@ from hybrid.names import Names
 from hybrid.settings import Settings
 from hybrid.state import State
 from hybrid.strategies.bound import Bound
+from hybrid.strategies.panel import Panel
 from hybrid.types import JSON, Arm, Decided, Decision, Event, Failed, Request
 
 log = logging.getLogger("hybrid.gateway")
@@ -51,11 +53,17 @@ class Plan:
 
     decision: Decision
     versions: Mapping[str, AdapterVersion]
+    panel: Panel | None = None
 
     def version(self, arm: Arm) -> AdapterVersion | None:
         """The adapter or head that an arm of the plan answers with, if it is one alone."""
         named = arm.args[0] if arm.strategy == "head" else arm.adapter
         return self.versions.get(named) if named else None
+
+    @property
+    def by_gate(self) -> bool:
+        """Whether the gate chose who answers, and a person may not know what their adapters want to be told."""
+        return self.panel.routed if self.panel else self.decision.chosen_by == "gate"
 
 
 class Gateway:
@@ -92,7 +100,16 @@ class Gateway:
             limit=settings.engine.max_mixes,
             in_use=self.in_use,
         )
-        self.names = Names(engine=engine, store=store, loader=loader, library=library, shelves=shelves, mixes=mixes)
+        self.names = Names(
+            engine=engine,
+            store=store,
+            loader=loader,
+            library=library,
+            shelves=shelves,
+            mixes=mixes,
+            panels=settings.moa.panels,
+        )
+        self._convener = Convener(settings.moa, self.names)
         self._mixer = Mixer(decider, settings.gate)
         self.journal = Journal(state)
         self._heads = Heads(library.embedder)
@@ -154,11 +171,27 @@ class Gateway:
             decision = await self.decider.decide(request)
         elif arm == MIX:
             decision = await self._mixer.decide(request)
+        elif arm.confers:
+            return await self._conferring(request, arm)
         else:
             decision = Decision(id=new_id(), arm=arm, reason="the caller named the model", chosen_by="caller")
         versions = await self.names.versions(decision.arm)
         answering = ", ".join(version.id for version in versions.values()) or None
         return Plan(dataclasses.replace(decision, adapter=answering), versions)
+
+    async def _conferring(self, request: Request, arm: Arm) -> Plan:
+        """The plan of an arm that asks others. The gate's view of the request chooses and weighs the members."""
+        limits = request.knobs if arm.strategy == "self_moa" else dataclasses.replace(request.knobs, arms=None)
+        routed = await self.decider.decide(dataclasses.replace(request, knobs=limits))
+        panel = self._convener.panel(request, arm, routed, self.decider.gate.arms())
+        versions: dict[str, AdapterVersion] = {}
+        for member in panel.arms:
+            versions |= await self.names.versions(member)
+        seats = ", ".join(str(seat.arm) for seat in panel.seats)
+        decision = dataclasses.replace(
+            routed, arm=arm, confidence=1.0, reason=f"the caller named the model; {seats} propose", chosen_by="caller"
+        )
+        return Plan(decision, versions, panel)
 
     def _bind(self, request: Request, arm: Arm, plan: Plan) -> Bound:
         """The verbs for one arm of the plan: the one that answers, or one that it asks."""
@@ -171,10 +204,11 @@ class Gateway:
             shelves=self.shelves.select,
             count_tokens=self.count_tokens,
             adapters={spec: version.ref.engine_name for spec, version in plan.versions.items()},
-            instruction=_instruction(version) if plan.decision.chosen_by == "gate" else "",
+            instruction=_instruction(version) if plan.by_gate else "",
             cache_salt=self._salt(request.caller),
             member=lambda asked, other: self._bind(asked, other, plan),
             head=self._head(version),
+            panel=plan.panel if arm == plan.decision.arm else None,
         )
 
     def _head(self, version: AdapterVersion | None) -> Callable[[str], Verdict] | None:
@@ -266,7 +300,9 @@ class Gateway:
 
     def models(self) -> list[JSON]:
         """OpenAI model objects of everything that can be asked for."""
-        return catalog.models(self.store, self.library, self.shelves.names(), self.engine.status().model)
+        return catalog.models(
+            self.store, self.library, self.shelves.names(), self.engine.status().model, self.settings.moa.panels
+        )
 
     def status(self) -> JSON:
         """What `/v1/status` returns."""

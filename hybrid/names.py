@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from hybrid.adapters.hotload import HotLoader
 from hybrid.adapters.listing import AdapterVersion
 from hybrid.adapters.mix import parse_weights
@@ -22,7 +24,15 @@ class Names:
     """Looks names up. Nothing here falls back: an unknown name is an error that says what is known."""
 
     def __init__(
-        self, *, engine: Engine, store: AdapterStore, loader: HotLoader, library: Library, shelves: Shelves, mixes: Mixes
+        self,
+        *,
+        engine: Engine,
+        store: AdapterStore,
+        loader: HotLoader,
+        library: Library,
+        shelves: Shelves,
+        mixes: Mixes,
+        panels: Collection[str],
     ) -> None:
         self._engine = engine
         self._store = store
@@ -30,6 +40,7 @@ class Names:
         self._library = library
         self._shelves = shelves
         self._mixes = mixes
+        self._panels = panels
 
     def arm(self, model: str) -> Arm | None:
         """The arm a `model` names; None for `auto`. Raises ModelNotFound, never falls back."""
@@ -87,6 +98,9 @@ class Names:
             raise ModelNotFound(f"{model[:80]!r} has more parts than {arm.strategy} takes.", param="model")
         if arm.strategy == "mix" and arm.args:
             parse_weights(arm.args[0])
+        if arm.strategy == "moa" and arm.args and arm.args[0] not in self._panels:
+            known = ", ".join(self._panels) or "none yet: `[moa.panels.NAME]` in hybrid.toml makes one"
+            raise ModelNotFound(f"There is no panel {arm.args[0][:80]!r}. Known: {known}.", param="model")
         for adapter in arm.adapters:
             self._store.model(adapter)
         corpus = arm.args[-1] if len(arm.args) == (2 if arm.adapter else 1) and "rag" in arm.strategy else None

@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from hybrid.errors import SetupError
@@ -90,6 +90,50 @@ class GateSettings(_Section):
     log_vectors: bool = Field(True, description="keep the vector of a routed query, never its words, for drift")
 
 
+#: how a panel's drafts become one answer
+Method = Literal["auto", "synthesis", "vote", "consistency", "best_of", "refine"]
+
+
+class ProposerSettings(_Section):
+    """One proposer: a `model`, and what it is told and sampled with where that is its own."""
+
+    arm: str
+    temperature: float | None = Field(None, ge=0)
+    system: str = ""
+
+
+class PanelSettings(_Section):
+    """A panel of `moa:NAME`; what is not given is as in `moa`. A proposer may be written as its arm alone."""
+
+    proposers: tuple[ProposerSettings, ...] = Field(min_length=1)
+    method: Method = "auto"
+    layers: int = Field(1, ge=1, le=3)
+    aggregator: str | None = None
+    quorum: int | None = Field(None, ge=1)
+    deadline_s: float | None = Field(None, gt=0)
+    max_tokens: int | None = Field(None, ge=1)
+
+    @field_validator("proposers", mode="before")
+    @classmethod
+    def _spelled_out(cls, value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            return value
+        return [{"arm": item} if isinstance(item, str) else item for item in value]
+
+
+class MoaSettings(_Section):
+    """Agents that confer: `moa`, `moa:NAME` and `self_moa`."""
+
+    panels: dict[str, PanelSettings] = Field(default_factory=dict, description="the panels by name")
+    proposers: int = Field(3, ge=1, le=16, description="proposers of the panel that the gate chooses")
+    samples: int = Field(4, ge=1, le=16, description="answers that self_moa samples")
+    temperature: float = Field(0.7, ge=0, description="of repeated samples of one arm")
+    deadline_s: float = Field(30.0, gt=0, description="a proposer slower than this is dropped, if a quorum answered")
+    draft_tokens: int = Field(512, ge=1, description="max_tokens of each call where the request gives none")
+    max_calls: int = Field(16, ge=1, description="a request that may take more engine calls is 400")
+    max_tokens: int = Field(16_384, ge=1, description="a request that may write more tokens in all its calls is 400")
+
+
 class TrainingSettings(_Section):
     """How adapters are trained in this home."""
 
@@ -126,6 +170,7 @@ class Settings(BaseSettings):
     engine: EngineSettings = EngineSettings()
     retrieval: RetrievalSettings = RetrievalSettings()
     gate: GateSettings = GateSettings()
+    moa: MoaSettings = MoaSettings()
     training: TrainingSettings = TrainingSettings()
 
     def environment(self) -> dict[str, str]:

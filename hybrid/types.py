@@ -218,11 +218,15 @@ class Retrieved:
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
-    """A hidden answer (a proposer's draft, an example used): shown to the curious, never to the client's parser."""
+    """A hidden answer (a proposer's draft, an example used): shown to the curious, never to the client's parser.
+
+    `note` says in words what became of it: chosen, dropped, of which layer.
+    """
 
     arm: str
     text: str
     usage: Usage = Usage()
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,6 @@ from hybrid.settings import Settings
 from hybrid.types import JSON, Arm, Event, Message, Request, Usage, fold
 
 CALLER = "evaluation"
-#: the header by which the owner of a server says that a question is the evaluator's, and no traffic
-MARK = "x-hybrid-evaluation"
 #: the header by which the owner of a home says that a request measures and is nobody's own
 PURPOSE = "x-hybrid-purpose"
 
@@ -93,7 +91,9 @@ class Offer:
         """Names everything that this arm's answers to this task rest on, besides the question and the decoding."""
         parsed = None if arm == "auto" else Arm.parse(arm)
         strategy = parsed.strategy if parsed else "auto"
-        facts: list[Any] = [self.base, {name: self.settings[name] for name in _READS.get(strategy, self.settings)}]
+        panels = ("moa",) if parsed and parsed.confers else ()
+        reads = (*_READS.get(strategy, _ROUTED), *panels)
+        facts: list[Any] = [self.base, {name: self.settings[name] for name in reads}]
         if strategy in ("adapter", "adapter+rag") and parsed and parsed.adapter:
             facts.append(_identity(self.adapters.get(parsed.adapter)))
         if strategy in ("rag", "adapter+rag") and parsed:
@@ -122,7 +122,9 @@ def _routed(row: JSON) -> list[Any]:
     return [*_identity(row), row["alias"], row["state"] in ("rejected", "retired"), bool(reason)]
 
 
-#: strategy → the settings that its answers depend on; a strategy that is not here depends on all of them
+#: the settings that the answers of whatever asks the gate depend on
+_ROUTED = ("system_prompt", "few_shot_k", "retrieval", "gate")
+#: strategy → the settings that its answers depend on, where it does not ask the gate
 _READS: Mapping[str, tuple[str, ...]] = {
     "base": (),
     "prompt": ("system_prompt",),
@@ -141,6 +143,7 @@ def shown_settings(settings: Settings) -> JSON:
         "few_shot_k": settings.gate.few_shot_k,
         "retrieval": settings.retrieval.model_dump(mode="json"),
         "gate": settings.gate.model_dump(mode="json", exclude={"deadline_ms", "log_vectors"}),
+        "moa": settings.moa.model_dump(mode="json", exclude={"max_calls", "max_tokens"}),
     }
 
 

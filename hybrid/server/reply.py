@@ -74,8 +74,9 @@ class Reply:
                     self._metrics.decided(event.decision)
                 case Retrieved():
                     self.passages = event.passages
-                    before, self._asked_at = self._asked_at, time.perf_counter()
-                    self._metrics.retrieval.observe(self._asked_at - before)
+                    if not self.drafts:  # between drafts and this the engine worked, the search was theirs
+                        before, self._asked_at = self._asked_at, time.perf_counter()
+                        self._metrics.retrieval.observe(self._asked_at - before)
                 case Drafted():
                     self.drafts.append(event)
                 case Finished():
@@ -90,7 +91,7 @@ class Reply:
         return {
             **decision,
             "passages": [{**_citation(p), "score": round(p.score, 4)} for p in self.passages],
-            "drafts": [{"arm": d.arm, "text": d.text, "usage": d.usage.wire()} for d in self.drafts],
+            "drafts": [{"arm": d.arm, "text": d.text, "usage": d.usage.wire(), "note": d.note} for d in self.drafts],
         }
 
     def annotations(self) -> list[JSON]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
 
-from hybrid.strategies import adapter, few_shot, head, mix, prompt, rag
+from hybrid.strategies import adapter, few_shot, head, mix, moa, prompt, rag
 from hybrid.strategies.tools import Tools
 from hybrid.types import Arm, Event, Request
 
@@ -21,6 +21,8 @@ STRATEGIES: Mapping[str, Run] = {
     "few_shot": few_shot.run,
     "head": head.run,
     "mix": mix.run,
+    "moa": moa.run,
+    "self_moa": moa.run,
     "rag": rag.run,
     "adapter": adapter.run,
     "adapter+rag": rag.run,

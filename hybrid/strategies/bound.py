@@ -9,12 +9,13 @@ from typing import Any
 
 from hybrid.adapters.heads import Verdict
 from hybrid.engine import Engine
-from hybrid.errors import ModelNotFound
+from hybrid.errors import BadRequest, ModelNotFound
 from hybrid.knowledge.examples import Shelf
 from hybrid.knowledge.search import Library
 from hybrid.prompts import within_budget
 from hybrid.settings import Settings
 from hybrid.strategies import STRATEGIES
+from hybrid.strategies.panel import Panel
 from hybrid.types import Arm, Event, Finished, Message, Passage, Request, Token, Usage
 
 
@@ -36,6 +37,7 @@ class Bound:
         cache_salt: str,
         member: Callable[[Request, Arm], Bound],
         head: Callable[[str], Verdict] | None = None,
+        panel: Panel | None = None,
     ) -> None:
         self.instruction = instruction
         self.usage = Usage()
@@ -49,7 +51,23 @@ class Bound:
         self._cache_salt = cache_salt
         self._member = member
         self._head = head
+        self._panel = panel
+        self._asked = 0
         self._open: list[AsyncIterator[Any]] = []
+
+    @property
+    def context(self) -> int:
+        return self._engine.status().max_model_len or self._settings.engine.max_model_len
+
+    @property
+    def passage_budget(self) -> int:
+        return self._settings.retrieval.passage_budget_tokens
+
+    @property
+    def panel(self) -> Panel:
+        if self._panel is None:
+            raise BadRequest("No panel was convened for this request; ask for moa or self_moa.", param="model")
+        return self._panel
 
     @property
     def top_k(self) -> int:
@@ -82,8 +100,10 @@ class Bound:
         sampling: Mapping[str, Any] | None = None,
         stream: bool = False,
     ) -> AsyncIterator[Event]:
+        self._asked += 1
         asked = dataclasses.replace(
             self._request,
+            id=f"{self._request.id}-{self._asked}",  # an engine may hold no two answers of one name
             messages=self._request.messages if messages is None else tuple(messages),
             sampling=self._request.sampling if sampling is None else sampling,
             stream=stream,
@@ -152,8 +172,11 @@ class Bound:
         self.usage += Usage(self._count_tokens(text), self._count_tokens(verdict.label))
         return verdict.ranked
 
+    def count(self, text: str) -> int:
+        return self._count_tokens(text)
+
     def fit(self, passages: Sequence[Passage]) -> tuple[Passage, ...]:
-        return within_budget(passages, self._settings.retrieval.passage_budget_tokens, self._count_tokens)
+        return within_budget(passages, self.passage_budget, self._count_tokens)
 
     async def aclose(self) -> None:
         """Ends what is still open, the strategy before its calls: a client that left must not keep the engine busy."""

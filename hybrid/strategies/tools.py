@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from hybrid.strategies.panel import Panel
 from hybrid.types import Arm, Event, Message, Passage, Token
 
 
@@ -46,6 +47,25 @@ class Tools(Protocol):
 
     def fit(self, passages: Sequence[Passage]) -> tuple[Passage, ...]:
         """As many of the passages, best first, as the prompt's budget holds."""
+        ...
+
+    def count(self, text: str) -> int:
+        """How many tokens a text is to the base model."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together that the model holds."""
+        ...
+
+    @property
+    def passage_budget(self) -> int:
+        """Tokens of passages in one prompt at most."""
+        ...
+
+    @property
+    def panel(self) -> Panel:
+        """Who confers on this request."""
         ...
 
     @property
