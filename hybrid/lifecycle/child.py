@@ -23,6 +23,7 @@ HOLD_S, WORK_S = 20.0, 5.0
 #: a cancelled job may reach the end of its step in this time
 GRACE_S = 5.0
 _ASK_EVERY_S = 0.5
+_LINE_BYTES = 4 << 20
 _TICK_S = 0.1
 
 
@@ -55,34 +56,45 @@ async def run_child(
     log: Path,
     busy: Callable[[], bool],
     wanted: Callable[[], Awaitable[Wanted]],
+    heard: Callable[[bytes], None] | None = None,
+    interrupt: bool = False,
 ) -> int:
     """Runs `hybrid ARGS…` to its end and returns its exit code; negative: the signal that ended it.
 
-    What it says goes to `log`. When `wanted` says cancel its group is killed after a grace. Cancelling this ends it
-    at once.
+    What it says goes to `log`, the lines of its stdout to `heard` instead where that is given. When `wanted` says
+    cancel its group is killed after a grace; with `interrupt` it is told so by SIGINT, for a process that does not
+    look by itself. Cancelling this ends it at once.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as words:
         child = await asyncio.create_subprocess_exec(
             *[sys.executable, "-m", "hybrid.engine.launch", "hybrid.cli", *args],
             stdin=asyncio.subprocess.DEVNULL,
-            stdout=words,
+            stdout=asyncio.subprocess.PIPE if heard else words,
             stderr=words,
+            limit=_LINE_BYTES,
             env={**os.environ, **settings.environment(), MARK: str(os.getpid())},
             start_new_session=True,
         )
     with contextlib.suppress(ProcessLookupError):
         os.setpriority(os.PRIO_PROCESS, child.pid, NICE)
-    minding = asyncio.create_task(_mind(child.pid, busy, wanted))
+    minding = asyncio.create_task(_mind(child.pid, busy, wanted, interrupt))
+    listening = asyncio.create_task(_listen(child.stdout, heard))
     try:
         return await child.wait()
     finally:
         minding.cancel()
         _signal(child.pid, signal.SIGKILL)  # the whole group: what it started must not outlive it
-        await asyncio.gather(minding, child.wait(), return_exceptions=True)
+        await asyncio.gather(minding, listening, child.wait(), return_exceptions=True)
 
 
-async def _mind(group: int, busy: Callable[[], bool], wanted: Callable[[], Awaitable[Wanted]]) -> None:
+async def _listen(words: asyncio.StreamReader | None, heard: Callable[[bytes], None] | None) -> None:
+    if words and heard:
+        async for line in words:
+            heard(line)
+
+
+async def _mind(group: int, busy: Callable[[], bool], wanted: Callable[[], Awaitable[Wanted]], interrupt: bool) -> None:
     """Stops and continues the group as requests come and go; lets it run when it is asked to end."""
     way, stopped, asked = GiveWay(), False, time.monotonic()
     while True:
@@ -98,6 +110,8 @@ async def _mind(group: int, busy: Callable[[], bool], wanted: Callable[[], Await
         await asyncio.sleep(_TICK_S)
     _signal(group, signal.SIGCONT)
     if wish == "cancel":
+        if interrupt:
+            _signal(group, signal.SIGINT)
         await asyncio.sleep(GRACE_S)
         _signal(group, signal.SIGKILL)
 

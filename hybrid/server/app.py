@@ -14,11 +14,14 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from hybrid import __version__
+from hybrid.evaluation.asking import CALLER
 from hybrid.gateway import Gateway
 from hybrid.keys import Keys
+from hybrid.lifecycle.evaluations import EvaluationBook
+from hybrid.lifecycle.evaluator import Evaluator
 from hybrid.lifecycle.orders import Orders
 from hybrid.lifecycle.runner import Runner
-from hybrid.server import adapters, chat, decisions, errors, files, health, models, tuning
+from hybrid.server import adapters, chat, decisions, errors, evaluations, files, health, models, tuning
 from hybrid.server.access import Access
 from hybrid.server.house import House, Traffic
 from hybrid.server.limits import Door
@@ -28,11 +31,16 @@ from hybrid.training.files import Files
 from hybrid.training.jobs import JobBook
 
 log = logging.getLogger("hybrid.server")
-ROUTERS = (chat.router, models.router, adapters.router, decisions.router, files.router, tuning.router, health.router)
+ROUTERS = (
+    chat.router, models.router, adapters.router, decisions.router, files.router, tuning.router, evaluations.router,
+    health.router,
+)  # fmt: skip
 
 
 def create_app(gateway: Gateway, settings: Settings, *, token: str | None = None) -> FastAPI:
     """The app around a running gateway. `token` is an admin key that holds as long as this process (`server.json`)."""
+    book = EvaluationBook(gateway.state)
+    evaluator = _evaluator(gateway, settings, book)
     house = House(
         gateway,
         settings,
@@ -41,6 +49,8 @@ def create_app(gateway: Gateway, settings: Settings, *, token: str | None = None
         Files(settings.rooms, gateway.state),
         JobBook(gateway.state),
         Orders(settings, state=gateway.state, store=gateway.store),
+        book,
+        evaluator,
     )
     app = FastAPIOffline(
         title="hybrid",
@@ -48,7 +58,7 @@ def create_app(gateway: Gateway, settings: Settings, *, token: str | None = None
         description="OpenAI's API over one base model, many adapters and a gate; the model 'auto' lets it decide.",
         redirect_slashes=False,
         redoc_url=None,
-        lifespan=lambda _: beside(_runner(gateway, settings).run()),
+        lifespan=lambda _: beside(_runner(gateway, settings).run(), evaluator.run()),
     )
     app.state.house = house
     for router in ROUTERS:
@@ -78,16 +88,28 @@ def _runner(gateway: Gateway, settings: Settings) -> Runner:
     )
 
 
+def _evaluator(gateway: Gateway, settings: Settings, book: EvaluationBook) -> Evaluator:
+    """Evaluates in the background of this server, giving way to the answers that it did not ask for itself."""
+    return Evaluator(
+        settings,
+        book,
+        busy=lambda: gateway.answering_others(CALLER) > 0,
+        ready=lambda: gateway.ready()[0],
+    )
+
+
 @contextlib.asynccontextmanager
-async def beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Runs `work` while the block runs. Its failure is logged; serving goes on."""
-    task = asyncio.create_task(work)
-    task.add_done_callback(_report)
+async def beside(*works: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Runs each of `works` while the block runs. A failure of one is logged; serving goes on."""
+    tasks = [asyncio.create_task(work) for work in works]
+    for task in tasks:
+        task.add_done_callback(_report)
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _report(task: asyncio.Task[None]) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from starlette.requests import Request
 
 from hybrid.gateway import Gateway
+from hybrid.lifecycle.evaluations import EvaluationBook
+from hybrid.lifecycle.evaluator import Evaluator
 from hybrid.lifecycle.orders import Orders
 from hybrid.server.metrics import Metrics
 from hybrid.settings import Settings
@@ -48,6 +50,8 @@ class House:
     files: Files
     jobs: JobBook
     orders: Orders
+    evaluations: EvaluationBook
+    evaluator: Evaluator
 
     @property
     def context(self) -> int:

@@ -272,7 +272,8 @@ class JobBook:
             for wanted, status in (("run", "queued"), ("pause", "paused"), ("cancel", "cancelled")):
                 left = and_(table.c.kind == "train", table.c.status == "running", table.c.wanted == wanted)
                 connection.execute(update(table).where(left).values(status=status, pid=None, updated=time.time()))
-            lost = and_(table.c.status.in_(OPEN), table.c.spec["source"].as_string().is_(None))
+            sourceless = and_(table.c.kind.in_(("train", "index")), table.c.spec["source"].as_string().is_(None))
+            lost = and_(table.c.status.in_(OPEN), sourceless)
             reason = {"error": "The server stopped meanwhile.", "error_code": "interrupted"}
             connection.execute(update(table).where(lost).values(status="failed", finished=time.time(), **reason))
             waiting = select(table.c.id).where(table.c.kind == "train", table.c.status.in_(WAITING))

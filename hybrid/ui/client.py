@@ -24,6 +24,7 @@ _LONG = aiohttp.ClientTimeout(total=120)
 #: no limit on the whole: the gateway has its own, and says so
 _STREAM = aiohttp.ClientTimeout(total=None, sock_connect=10)
 _JOBS = "/v1/fine_tuning/jobs"
+_EVALUATIONS = "/v1/evaluations"
 _LEAVES: Mapping[int, type[HybridError]] = {
     401: Unauthorized,
     403: Forbidden,
@@ -112,6 +113,48 @@ class Client:
             if len(fresh) < len(page["data"]) or not page["has_more"]:
                 return found[::-1]
             after = f"&after={page['last_id']}"
+
+    async def suites(self, key: str) -> JSON:
+        """What can be evaluated."""
+        return await self._json("GET", "/v1/suites", key)
+
+    async def plan(self, key: str, body: JSON) -> JSON:
+        """What an evaluation would train and ask, and the minutes."""
+        return await self._json("POST", f"{_EVALUATIONS}/plan", key, body, _LONG)
+
+    async def evaluate(self, key: str, body: JSON) -> JSON:
+        """Orders an evaluation."""
+        return await self._json("POST", _EVALUATIONS, key, body)
+
+    async def evaluations(self, key: str) -> list[JSON]:
+        """The evaluations of the home, newest first."""
+        return list((await self._json("GET", _EVALUATIONS, key))["data"])
+
+    async def evaluation(self, key: str, row_id: str) -> JSON:
+        """One of them."""
+        return await self._json("GET", f"{_EVALUATIONS}/{quote(row_id, safe='')}", key)
+
+    async def end_evaluation(self, key: str, row_id: str) -> JSON:
+        """Cancels one."""
+        return await self._json("POST", f"{_EVALUATIONS}/{quote(row_id, safe='')}/cancel", key, {})
+
+    async def reports(self, key: str) -> list[JSON]:
+        """The reports of the home, newest first."""
+        return list((await self._json("GET", "/v1/reports", key, patience=_LONG))["data"])
+
+    async def report(self, key: str, name: str) -> JSON:
+        """The numbers of one."""
+        return await self._json("GET", f"/v1/reports/{quote(name, safe='')}", key)
+
+    async def examples(self, key: str, name: str, task: str) -> list[JSON]:
+        """The examples of a task of a report with each arm's score."""
+        path = f"/v1/reports/{quote(name, safe='')}/examples?task={quote(task, safe='')}"
+        return list((await self._json("GET", path, key, patience=_LONG))["data"])
+
+    async def example(self, key: str, name: str, task: str, example: str) -> JSON:
+        """One of them with every arm's answer."""
+        query = f"task={quote(task, safe='')}&id={quote(example, safe='')}"
+        return await self._json("GET", f"/v1/reports/{quote(name, safe='')}/examples?{query}", key, patience=_LONG)
 
     @contextlib.asynccontextmanager
     async def chat(self, key: str, body: JSON) -> AsyncIterator[tuple[Mapping[str, str], AsyncIterator[JSON]]]:

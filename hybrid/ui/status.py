@@ -99,4 +99,5 @@ def job_rows(status: JSON) -> tuple[JSON, ...]:
             "error": job.get("error") or "",
         }
         for job in status.get("jobs") or []
+        if job.get("kind") != "evaluate"  # these have a tab of their own
     )
