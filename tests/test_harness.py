@@ -4,12 +4,19 @@ endpoint, sent as it sends it and read as it reads it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from server_kit import make_home, running
+
+from hybrid.prompts import task_message
+
+ROOT = Path(__file__).resolve().parents[1]
+HARNESS_TASKS = ("tickets.yaml", "tickets_intent.yaml")
 
 #: the body of its loglikelihood requests, beside model and prompt
 SCORED = {"temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
@@ -77,8 +84,28 @@ async def test_generations_for_several_prompts_and_for_a_chat(tmp_path: Path) ->
             "/v1/completions", {"model": "prompt", "prompt": [[1, 2], [3, 4, 5]], "until_not_known": None, **asked}
         )
         message = {"role": "user", "content": "Which colour?", "type": "text"}
-        _, chat, _ = await server.post("/v1/chat/completions", {"model": "auto", "messages": [message], **asked})
+        body = {"model": "auto", "messages": [message], **asked}
+        _, chat, _ = await server.post("/v1/chat/completions", body, authorization="Bearer ")  # it has no key to send
     assert [c["text"] for c in sorted(many["choices"], key=lambda c: c["index"])] == [
         "The base model read: 1 2", "The base model read: 3 4 5",
     ]  # fmt: skip
     assert chat["choices"][0]["message"]["content"] == "The base model read: Which colour?"
+
+
+async def test_there_is_no_tokenizer_at_the_server(tmp_path: Path) -> None:
+    """It looks for one first; anything but an error would be taken for one."""
+    async with running(make_home(tmp_path)) as server:
+        status, error, _ = await server.get("/tokenizer_info")
+    assert (status, error["error"]["code"]) == (404, "not_found")
+
+
+def test_the_tasks_in_the_docs_are_those_of_the_home() -> None:
+    folder = ROOT / "eval" / "tasks" / "tickets"
+    about = json.loads((folder / "task.json").read_text())
+    rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    written, scored = (yaml.safe_load((ROOT / "docs" / "lm-eval" / name).read_text()) for name in HARNESS_TASKS)
+    for task in (written, scored):
+        assert (ROOT / task["dataset_kwargs"]["data_files"]["test"]).resolve() == folder / "test.jsonl"
+    assert written["doc_to_text"] == task_message(about["instruction"], "{{input}}")
+    assert set(scored["doc_to_choice"]) == {json.loads(row["reference"])["intent"] for row in rows}
+    assert all(row["meta"]["phrasing"].split(".")[0] == json.loads(row["reference"])["intent"] for row in rows)
