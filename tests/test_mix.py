@@ -16,12 +16,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from server_kit import Running, chat, make_home, running, until
+from tiny_model import make_tiny_model
+from training_kit import write_colours
 
 from hybrid.adapters.listing import AdapterVersion
 from hybrid.adapters.mix import concatenated, parse_weights, quantised, read_factors, write_factors
 from hybrid.adapters.preflight import BaseFacts, check, read_base
+from hybrid.adapters.store import AdapterStore
 from hybrid.errors import BadRequest
 from hybrid.gate.sparse import balanced, load_balance, top_k_softmax
+from hybrid.models import ModelFiles
+from hybrid.rooms import Home
+from hybrid.state import State
+from hybrid.training.merge import Merge, merge
 
 KINDS = ("q_proj", "v_proj", "down_proj")
 
@@ -273,3 +280,113 @@ async def test_few_mixes_are_kept_and_none_that_answers_goes(tmp_path: Path) -> 
         await until(lambda: not server.inflight)
         assert await selected(server, "mix:a=0.2,b=0.8") == "mix@4"
         assert [v.id for v in store.versions("mix")] == ["mix@3", "mix@4"]
+
+
+def tiny_adapters(home: Path) -> tuple[ModelFiles, AdapterStore]:
+    """A home on the tiny model with the checked adapters `a`, `b` of rank 4 and `wide` of rank 8, on other modules."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = make_tiny_model(home / "tiny")
+    store = AdapterStore(Home(home), State(home / ".hybrid" / "state.db"), model.sha256)
+    plans = {"a": (4, ["q_proj", "v_proj"]), "b": (4, ["q_proj", "v_proj"]), "wide": (8, ["v_proj", "down_proj"])}
+    for seed, (name, (rank, targets)) in enumerate(plans.items()):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=rank, lora_alpha=12, target_modules=targets, init_lora_weights=False)
+        peft = get_peft_model(AutoModelForCausalLM.from_pretrained(model.path), config)
+
+        def fill(folder: Path, peft: Any = peft) -> dict[str, Any]:
+            peft.save_pretrained(str(folder))
+            return {"base_sha256": model.sha256}
+
+        store.mark(store.publish(name, fill).id, "candidate")
+        store.promote(name, 1)
+    return model, store
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelFiles, AdapterStore]:
+    return tiny_adapters(tmp_path_factory.mktemp("tiny"))
+
+
+def answers_of(model: ModelFiles, *folders: Path, weights: tuple[float, ...] = (1.0,)) -> np.ndarray:
+    """What PEFT computes with several adapters at once, each weighted: logits [tokens, vocabulary]."""
+    import torch
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model.path)
+    peft = PeftModel.from_pretrained(base, str(folders[0]), adapter_name="0")
+    for n, folder in enumerate(folders[1:], 1):
+        peft.load_adapter(str(folder), adapter_name=str(n))
+    peft.base_model.set_adapter([str(n) for n in range(len(folders))])
+    for layer in peft.modules():
+        if isinstance(layer, LoraLayer):
+            layer.scaling.update({n: scale * weights[int(n)] for n, scale in layer.scaling.items()})
+    with torch.no_grad():
+        return peft.eval()(torch.arange(3, 40)[None]).logits[0].numpy()
+
+
+def test_peft_computes_the_same_with_the_mix_as_with_all_members(tiny: Any, tmp_path: Path) -> None:
+    model, store = tiny
+    folders = [store.resolve(name).ref.path for name in ("a", "b", "wide")]
+    weights = (0.5, 0.2, 0.3)
+    write_factors(tmp_path, concatenated([(w, read_factors(f)) for w, f in zip(weights, folders, strict=True)]))
+    ours, theirs = answers_of(model, tmp_path), answers_of(model, *folders, weights=weights)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+    assert np.abs(ours - answers_of(model, folders[0])).max() > 0.01 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("method", ["cat", "svd", "linear", "ties", "dare_ties", "magnitude_prune"])
+def test_a_merge_is_published_with_what_it_is(tiny: Any, method: str) -> None:
+    model, store = tiny
+    name = f"merged-{method}"
+    for version in (1, 2):  # again the same: nothing is silently left undone
+        made = merge(Merge(name=name, weights={"a": 0.7, "b": 0.3}, method=method, rank=8),
+                     store=store, model=model, max_rank=32)  # fmt: skip
+        assert (made.adapter, made.version) == (name, version)
+    first, second = (store.resolve(f"{name}@{version}") for version in (1, 2))
+    assert first.ref.sha256 == second.ref.sha256
+    told = first.card["merge"]
+    assert told["members"] == {"a@1": 0.7, "b@1": 0.3}
+    check(first.ref.path, read_base(model.path, model.sha256), max_rank=32)
+    wanted = {
+        module: 0.7 * update + 0.3 * updates(store.resolve("b").ref.path)[module]
+        for module, update in updates(store.resolve("a").ref.path).items()
+    }
+    found = updates(first.ref.path)
+    apart = sum(((found[m] - wanted[m]) ** 2).sum() for m in wanted) / sum((wanted[m] ** 2).sum() for m in wanted)
+    assert told["relative_error"] == pytest.approx(apart**0.5, abs=1e-3)
+    exact = method in ("cat", "svd")  # two ranks of four are kept whole by a rank of eight
+    assert (told["relative_error"] < 1e-3) == exact
+
+
+def test_learned_weights_are_better_than_those_begun_with(tiny: Any, tmp_path: Path) -> None:
+    model, store = tiny
+    task = write_colours(tmp_path, train=(0, 40), dev=(100, 8))
+    (task / "task.json").write_text(json.dumps({"name": "colours", "instruction": "", "metric": "accuracy"}))
+    losses = {}
+    for method in ("cat", "learned"):
+        order = Merge(name=f"hub-{method}", weights={"a": 0.5, "wide": 0.5}, method=method, task=task)
+        losses[method] = merge(order, store=store, model=model, max_rank=32).metrics["dev_loss"]
+    assert losses["learned"] < losses["cat"]
+    assert store.resolve("hub-learned@1").card["merge"]["members"].keys() == {"a@1", "wide@1"}
+
+
+@pytest.mark.parametrize(
+    ("order", "words"),
+    [
+        ({"method": "blend"}, "use one of"),
+        ({"method": "learned"}, "--task"),
+        ({"method": "ties", "weights": {"a": 1.0, "wide": 1.0}}, "svd"),
+        ({"method": "ties", "density": 0.0}, "density"),
+        ({"weights": {"a": 1.0, "wide": 1.0}}, "max_lora_rank"),
+    ],
+)
+def test_a_merge_that_cannot_be_is_refused_in_words(tiny: Any, order: dict[str, Any], words: str) -> None:
+    model, store = tiny
+    with pytest.raises(BadRequest, match=words):
+        merge(Merge(**{"name": "never", "weights": {"a": 1.0, "b": 1.0}} | order), store=store, model=model, max_rank=8)
+    assert not store.versions("never")

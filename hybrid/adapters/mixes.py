@@ -132,10 +132,16 @@ def fill_mix(folder: Path, weights: Mapping[str, float], members: Members) -> di
 
     Raises Refused when the members were not trained on one base.
     """
-    bases = {base for v in members if (base := v.card.get("base_sha256"))}
-    if len(bases) > 1:
-        raise Refused("the adapters of a mix were trained on different base models; mix those of one base.")
+    base = one_base(members)
     factors = concatenated([(weights[v.id], read_factors(v.ref.path)) for v in members])
     write_factors(folder, factors)
-    base = {"base_sha256": bases.pop()} if bases else {}
-    return {"kind": "lora", "method": MIX, "mix": dict(weights), "rank": factors.rank, **base}
+    card = {"kind": "lora", "method": MIX, "mix": dict(weights), "rank": factors.rank}
+    return card | ({"base_sha256": base} if base else {})
+
+
+def one_base(members: Members) -> str:
+    """The hash of the base that the members were trained on, "" where no card says it. Raises Refused for two."""
+    bases = {str(base) for v in members if (base := v.card.get("base_sha256"))}
+    if len(bases) > 1:
+        raise Refused("these adapters were trained on different base models; take those of one base.")
+    return bases.pop() if bases else ""

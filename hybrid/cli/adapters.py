@@ -9,12 +9,14 @@ import typer
 
 from hybrid import catalog, reach
 from hybrid.adapters.store import AdapterStore
+from hybrid.cli.merge import merge
 from hybrid.cli.say import data, say, text
 from hybrid.errors import BadRequest
 from hybrid.settings import Settings
 from hybrid.state import State
 
 app = typer.Typer(help="The adapters of this home: versions, aliases, states.", no_args_is_help=True)
+app.command("merge")(merge)
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout")]
 
 

@@ -74,7 +74,7 @@ def train(
     if result is None:  # another process of the team publishes
         return
     try:
-        reason, code = _hand_over(settings, store, result, model), 0
+        reason, code = hand_over(settings, store, result, model), 0
     except (EngineRejected, Refused) as error:
         reason, code = f"refused: {error.message}", 1
     store.refresh()
@@ -86,7 +86,7 @@ def train(
     raise typer.Exit(code)
 
 
-def _hand_over(settings: Settings, store: AdapterStore, result: TrainResult, model: ModelFiles) -> str:
+def hand_over(settings: Settings, store: AdapterStore, result: TrainResult, model: ModelFiles) -> str:
     """Gives the version to the running server, or settles it here; says in words what came of it.
 
     Raises Refused, or EngineRejected with the server's reason.

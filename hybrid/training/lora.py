@@ -129,13 +129,13 @@ def save_adapter(model: Any, tokenizer: Any, text: str, folder: Path) -> dict[st
 
     base = model.get_base_model()
     base.set_attn_implementation("sdpa")
-    trained = _logprobs(model, tokenizer, text)
+    trained = token_logprobs(model, tokenizer, text)
     model.save_pretrained(str(folder), save_embedding_layers=False)
     dtype = base.dtype
     plain = PeftModel.from_pretrained(model.unload(), str(folder)).to(dtype).eval()
-    read = _logprobs(plain, tokenizer, text)
+    read = token_logprobs(plain, tokenizer, text)
     with plain.disable_adapter():
-        effect = float((read - _logprobs(plain, tokenizer, text)).abs().mean())
+        effect = float((read - token_logprobs(plain, tokenizer, text)).abs().mean())
     apart = float((trained - read).abs().mean())
     if not apart <= max(READ_BACK, READ_BACK_OF_EFFECT * effect):
         raise HybridError(
@@ -145,7 +145,7 @@ def save_adapter(model: Any, tokenizer: Any, text: str, folder: Path) -> dict[st
     return {"canary": {"prompt": text, "logprobs": [round(value, 5) for value in read.tolist()]}}
 
 
-def _logprobs(model: Any, tokenizer: Any, text: str) -> Tensor:
+def token_logprobs(model: Any, tokenizer: Any, text: str) -> Tensor:
     """The log-probability of each token of `text` but the first, float32 [n - 1]."""
     import torch
 
