@@ -23,6 +23,9 @@ SERVABLE = ("candidate", "live", "draining")
 #: the name of all mixes, which nothing else can have: each is a version of it, and its card says what it mixes
 MIX = "mix"
 
+#: the file of a gate: a folder that holds it is no adapter, whatever its name
+GATE_WEIGHTS = "gate.safetensors"
+
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
 
@@ -156,12 +159,10 @@ def numbers_in(folder: Path) -> list[int]:
 
 
 def published_in(room: Path) -> list[tuple[str, int]]:
-    """(name, version) of every folder of the room that has its card."""
+    """(name, version) of every folder of the room that has its card and is no gate."""
+    found = ((name, number, room / name / str(number)) for name in names_in(room) for number in numbers_in(room / name))
     return [
-        (name, number)
-        for name in names_in(room)
-        for number in numbers_in(room / name)
-        if (room / name / str(number) / CARD).is_file()
+        (name, number) for name, number, path in found if (path / CARD).is_file() and not (path / GATE_WEIGHTS).exists()
     ]
 
 

@@ -6,7 +6,23 @@ import sys
 
 import typer
 
-from hybrid.cli import adapters, advise, ask, bench, data, doctor, drift, index, jobs, keys, report, serve, tasks, train
+from hybrid.cli import (
+    adapters,
+    advise,
+    ask,
+    bench,
+    data,
+    doctor,
+    drift,
+    gate,
+    index,
+    jobs,
+    keys,
+    report,
+    serve,
+    tasks,
+    train,
+)
 from hybrid.cli.say import complain
 from hybrid.errors import HybridError
 
@@ -28,6 +44,7 @@ app.command("search")(index.search)
 app.command("doctor")(doctor.doctor)
 app.add_typer(drift.app, name="eval")
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(gate.app, name="gate")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(keys.app, name="keys")
 app.add_typer(tasks.app, name="tasks")

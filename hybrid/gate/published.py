@@ -1,22 +1,35 @@
-"""Published gates: `adapters/gate/<n>/` holds `gate.safetensors` (the weights of each kind) and `card.json`."""
+"""Published gates: `adapters/<name>/<n>/` holds `gate.safetensors` and `card.json`.
+
+There are two kinds of version. One holds the weights that the arms' own material gave (`adapters/gate/` alone; they
+are fitted again whenever the set of arms changes). The other was taught by outcomes, and its card's `kind` is "gate";
+`live.json` beside the versions says which of those answers under the bare name, and which did before. The newest
+version of the first kind and the live one of the second make the gate that serves.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
-from hybrid.errors import Refused
+from hybrid.adapters.listing import GATE_WEIGHTS, numbers_in
+from hybrid.errors import Conflict, NotFound, Refused
 from hybrid.gate.features import COLUMNS
+from hybrid.gate.learned import Learned
 from hybrid.gate.model import Weights
-from hybrid.rooms import CARD, Home, publish, sha256_file, write_json
-from hybrid.types import Arm
+from hybrid.rooms import CARD, Home, check_name, publish, sha256_file, write_json
+from hybrid.types import JSON, Arm
 
-_FILE = "gate.safetensors"
+#: the name whose taught gate serves
+GATE = "gate"
+_FILE = GATE_WEIGHTS
+_LIVE = "live.json"
 
 
 def publish_gate(home: Home, weights: Weights, embedder: str, facts: dict[str, Any] | None = None) -> int:
@@ -26,8 +39,7 @@ def publish_gate(home: Home, weights: Weights, embedder: str, facts: dict[str, A
     """
     from safetensors.numpy import save_file
 
-    version = max(versions(home), default=0) + 1
-    with publish(home.adapters / "gate" / str(version)) as staging:
+    with _numbered(home, GATE) as version, publish(home.adapters / GATE / str(version)) as staging:
         save_file({name: np.ascontiguousarray(w) for name, w in weights.by_kind.items()}, staging / _FILE)
         card = {
             "name": "gate",
@@ -42,19 +54,14 @@ def publish_gate(home: Home, weights: Weights, embedder: str, facts: dict[str, A
 
 
 def versions(home: Home) -> list[int]:
-    """The published versions, oldest first."""
-    folder = home.adapters / "gate"
-    return sorted(int(p.parent.name) for p in folder.glob(f"*/{CARD}") if p.parent.name.isdecimal())
+    """The published versions that hold weights, oldest first; those that outcomes taught are not among them."""
+    return [number for number, card in _cards(home, GATE).items() if card.get("kind") != GATE]
 
 
 def newest_card(home: Home) -> dict[str, Any]:
-    """The card of the newest published gate; empty where there is none or it cannot be read."""
+    """The card of the newest version that holds weights; empty where there is none or it cannot be read."""
     known = versions(home)
-    try:
-        card = json.loads((home.adapters / "gate" / str(known[-1]) / CARD).read_text(encoding="utf-8")) if known else {}
-    except (OSError, ValueError):
-        return {}
-    return card if isinstance(card, dict) else {}
+    return _cards(home, GATE)[known[-1]] if known else {}
 
 
 def fingerprint(enrolled: Iterable[tuple[Arm, str]]) -> str:
@@ -74,7 +81,7 @@ def load_gate(home: Home, embedder: str, version: int | None = None) -> Weights 
     if version is None and not known:
         return None
     number = known[-1] if version is None else version
-    folder = home.adapters / "gate" / str(number)
+    folder = home.adapters / GATE / str(number)
     if number not in known:
         raise Refused(f"gate@{number} is not published; known versions: {known}.", param="gate")
     try:
@@ -101,3 +108,140 @@ def _problem(card: dict[str, Any], sha256: str, embedder: str) -> str:
     if card.get("embedder") != embedder:
         return "it was trained with another embedder"
     return ""
+
+
+# --- gates that outcomes taught --------------------------------------------------------------------------------------
+
+
+def publish_learned(home: Home, name: str, learned: Learned, embedder: str, facts: JSON) -> int:
+    """Publishes a taught gate as the next version of `name` and returns its number; what is live stays live.
+
+    `embedder` is the digest of what embedded its queries, `facts` go on the card. Raises Refused for a bad name, or
+    one that adapters have.
+    """
+    from safetensors.numpy import save_file
+
+    if name != GATE:
+        check_name(name, "gate")
+    if any(card.get("kind") != GATE for card in _cards(home, name).values()) and name != GATE:
+        raise Refused(f"{name!r} is the name of an adapter; give the gate another one.", param="name")
+    with _numbered(home, name) as version, publish(home.adapters / name / str(version)) as staging:
+        save_file({key: np.ascontiguousarray(value) for key, value in learned.tensors().items()}, staging / _FILE)
+        card = {
+            "name": name,
+            "version": version,
+            "kind": GATE,
+            "created": int(time.time()),
+            "embedder": embedder,
+            "model": learned.kind,
+            "arms": list(learned.arms),
+            "weights": _FILE,
+            "sha256": sha256_file(staging / _FILE),
+        }
+        write_json(staging / CARD, {**facts, **card})
+    return version
+
+
+def learned_versions(home: Home, name: str = GATE) -> list[int]:
+    """The published versions of a taught gate, oldest first."""
+    return [number for number, card in _cards(home, name).items() if card.get("kind") == GATE]
+
+
+def live_version(home: Home, name: str = GATE) -> int | None:
+    """The version that the bare name means; None where none was promoted."""
+    line = _line(home, name)
+    return line[-1] if line else None
+
+
+def load_learned(
+    home: Home, name: str = GATE, version: int | None = None, embedder: str = ""
+) -> tuple[Learned, JSON] | None:
+    """A taught gate and its card: a version, or the live one; None where none is live.
+
+    Raises NotFound for a version that is not published, Refused when its file was changed or another embedder's
+    digest than `embedder` is on the card.
+    """
+    from safetensors.numpy import load
+
+    number = live_version(home, name) if version is None else version
+    if number is None:
+        return None
+    card = learned_card(home, name, number)
+    if card.get("embedder") != embedder:
+        raise Refused(f"{name}@{number} was taught with another embedder. Teach a new gate.", param="gate")
+    try:
+        content = (home.adapters / name / str(number) / _FILE).read_bytes()
+        if card.get("sha256") != hashlib.sha256(content).hexdigest():
+            raise Refused(f"{name}@{number} is not the file that was published. Teach a new gate.", param="gate")
+        return Learned.load(load(content)), card
+    except OSError as error:
+        raise Refused(f"{name}@{number} cannot be read ({error}). Teach a new gate.", param="gate") from error
+
+
+def learned_card(home: Home, name: str, version: int) -> JSON:
+    """The card of a version of a taught gate. Raises NotFound."""
+    if version not in learned_versions(home, name):
+        known = ", ".join(map(str, learned_versions(home, name))) or "none"
+        raise NotFound(f"There is no taught gate {name}@{version}; published versions: {known}.", param="gate")
+    return _cards(home, name)[version]
+
+
+def promote(home: Home, name: str, version: int) -> None:
+    """Lets the bare name mean `version`. Raises NotFound for one that is not published."""
+    learned_card(home, name, version)
+    with _locked(home, name):
+        line = _line(home, name)
+        if line[-1:] != [version]:
+            write_json(home.adapters / name / _LIVE, {"line": [*line, version]})
+
+
+def rollback(home: Home, name: str = GATE) -> int:
+    """Lets the bare name mean the version that it meant before, and returns it. Raises Conflict where there is none."""
+    with _locked(home, name):
+        line = _line(home, name)
+        if len(line) < 2:
+            raise Conflict(f"{name[:80]!r} has no earlier taught gate to go back to; promote one by its number.")
+        write_json(home.adapters / name / _LIVE, {"line": line[:-1]})
+        return line[-2]
+
+
+def _line(home: Home, name: str) -> list[int]:
+    """The versions that the bare name meant, in order; the last is live."""
+    try:
+        line = json.loads((home.adapters / name / _LIVE).read_text(encoding="utf-8"))["line"]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Refused(f"adapters/{name}/{_LIVE} cannot be read ({error}); promote a gate by its number.") from error
+    return [number for number in line if number in learned_versions(home, name)]
+
+
+def _cards(home: Home, name: str) -> dict[int, JSON]:
+    """Every published version of a name with its card, oldest first; {} for a card that cannot be read."""
+    cards: dict[int, JSON] = {}
+    for number in sorted(numbers_in(home.adapters / name)):
+        path = home.adapters / name / str(number) / CARD
+        try:
+            card = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError):
+            card = {}
+        cards[number] = card if isinstance(card, dict) else {}
+    return cards
+
+
+@contextmanager
+def _locked(home: Home, name: str) -> Iterator[None]:
+    """One change of a name's gates at a time, over all processes."""
+    lock = home.hidden / "locks" / f"gate-{name}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        yield
+
+
+@contextmanager
+def _numbered(home: Home, name: str) -> Iterator[int]:
+    """The next number of a name, which no other process takes meanwhile."""
+    with _locked(home, name):
+        yield max(numbers_in(home.adapters / name), default=0) + 1

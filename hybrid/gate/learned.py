@@ -1,0 +1,159 @@
+"""A gate that outcomes taught: expected score and cost of every arm, how usual a request is, and who says so.
+
+    model (knn, linear or towers) ─► bounded to what was measured ─► trust ─► calibrated ─► Estimate
+
+Fitting is heavy and may import torch and scikit-learn; predicting is numpy alone, and any number of threads may do it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hybrid.errors import Refused
+from hybrid.gate.calibrate import Conformal, Isotonic
+from hybrid.gate.features import Numbers, Vectors
+from hybrid.gate.form import FORM, form
+from hybrid.gate.knn import Knn
+from hybrid.gate.linear import Linear
+from hybrid.gate.memory import AROUND, Example, GroupMeans, Memory, Near
+from hybrid.gate.study import Asked, Model, Tensors
+from hybrid.gate.towers import Towers
+
+#: simplest first: of equals the simpler is taken
+KINDS: Mapping[str, type[Model]] = {kind.kind: kind for kind in (Knn, Linear, Towers)}
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Estimate:
+    """What is expected of n requests: `score` [n, arms] in 0..1, `cost` [n, arms] in the unit of the outcomes (NaN
+    where no cost is known at all).
+
+    `typical` [n] in 0..1 is the conformal p-value of "as usual as what taught": small means out of distribution.
+    `nearest` holds up to five taught requests for each.
+    """
+
+    score: Numbers
+    cost: Numbers
+    typical: Numbers
+    nearest: tuple[tuple[Example, ...], ...]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Trust:
+    """How far a model is believed: `advantage` 0..1 scales how an arm differs from its mean (0: the best single arm
+    is always taken), and every arm but the best single one must be better by `margin`."""
+
+    advantage: float
+    margin: float = 0.0
+
+    def __call__(self, raw: Numbers, means: Numbers) -> Numbers:
+        """Scores [n, arms] from raw ones and the arms' means [arms]; what all arms share of a request stays."""
+        away = raw - means
+        shared = away.mean(axis=1, keepdims=True)
+        scores: Numbers = means + shared + self.advantage * (away - shared)
+        scores[:, means.argmax()] += self.margin
+        return scores
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Learned:
+    """A taught gate. `arms` are spelled as in the outcomes it learned from."""
+
+    arms: tuple[str, ...]
+    model: Model
+    memory: Memory
+    trust: Trust
+    calibration: Isotonic
+    conformal: Conformal
+    #: what was taught, as digests of the queries [n], and the arm [n] that cross-validation took for each
+    taught: npt.NDArray[np.uint64]
+    held_out: npt.NDArray[np.int16]
+
+    @property
+    def kind(self) -> str:
+        """ "knn", "linear" or "towers"."""
+        return self.model.kind
+
+    def predict(self, queries: Sequence[str], vectors: Vectors, *, explain: bool = True) -> Estimate:
+        """What to expect of requests with their unit vectors [n, d]. Without `explain` no examples are looked up."""
+        near = self.memory.near(vectors, max(self.model.reach, AROUND))
+        raw = self.model.raw(Asked(vectors, form(queries), near))
+        return Estimate(
+            score=self.calibration(trusted(raw, near, self.memory, self.memory.means, self.trust)),
+            cost=self.memory.costs(near),
+            typical=self.conformal.typical(near),
+            nearest=self.memory.examples(near, self.arms) if explain else (),
+        )
+
+    def may_be_best(self, score: Numbers) -> tuple[str, ...]:
+        """The arms that may be the best one for a request with these scores [arms]: nine sets in ten hold it."""
+        return tuple(arm for arm, s in zip(self.arms, score, strict=True) if s >= score.max() - self.conformal.gap)
+
+    # --- on disk -----------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> Tensors:
+        """Everything, as arrays: the same gate gives the same bytes."""
+        words = {"arms": self.arms, "kind": self.kind, "groups": self.memory.groups, "texts": self.memory.texts}
+        own = {f"model.{name}": value for name, value in self.model.tensors().items()}
+        kept = {f"conformal.{name}": value for name, value in self.conformal.tensors().items()}
+        return {
+            **own,
+            **kept,
+            "words": np.frombuffer(json.dumps({**words, "form": FORM}).encode(), dtype=np.uint8),
+            "memory.vectors": self.memory.vectors.astype(np.float16),
+            "memory.score": self.memory.score.astype(np.float32),
+            "memory.cost": self.memory.cost.astype(np.float32),
+            "memory.group": self.memory.group.astype(np.int32),
+            "trust": np.array([self.trust.advantage, self.trust.margin]),
+            "calibration": np.stack([self.calibration.x, self.calibration.y]),
+            "taught": self.taught,
+            "held_out": self.held_out,
+        }
+
+    @classmethod
+    def load(cls, tensors: Mapping[str, npt.NDArray[Any]]) -> Learned:
+        """The gate that `tensors` was taken of. Raises Refused for one that this version cannot read."""
+        try:
+            return cls._load(tensors)
+        except (KeyError, ValueError, TypeError, IndexError) as error:
+            raise Refused(f"The gate cannot be read ({error}); teach a new one.", param="gate") from error
+
+    @classmethod
+    def _load(cls, tensors: Mapping[str, npt.NDArray[Any]]) -> Learned:
+        words = json.loads(tensors["words"].tobytes())
+        if tuple(words["form"]) != FORM:
+            raise ValueError("it was taught with other features than this version computes")
+        memory = Memory(
+            tensors["memory.vectors"].astype(np.float32),
+            tensors["memory.score"].astype(np.float64),
+            tensors["memory.cost"].astype(np.float64),
+            tensors["memory.group"].astype(np.intp),
+            tuple(words["groups"]),
+            tuple(words["texts"]),
+        )
+        own = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+        x, y = tensors["calibration"]
+        advantage, margin = tensors["trust"].tolist()
+        return cls(
+            arms=tuple(words["arms"]),
+            model=KINDS[words["kind"]].load(own, memory),
+            memory=memory,
+            trust=Trust(advantage, margin),
+            calibration=Isotonic(x, y),
+            conformal=Conformal.load({n.removeprefix("conformal."): v for n, v in tensors.items()}),
+            taught=tensors["taught"],
+            held_out=tensors["held_out"],
+        )
+
+
+def trusted(raw: Numbers, near: Near, memory: Memory, means: GroupMeans, trust: Trust) -> Numbers:
+    """Raw scores [n, arms] as far as they are believed: within what was measured near by, and by `trust`."""
+    around = near.rows[:, :AROUND]
+    votes = np.isfinite(near.similarity[:, :AROUND])
+    return trust(means.bounded(raw, memory.group[around], votes), means.arm)

@@ -1,0 +1,101 @@
+"""One ridge regression an arm (Hoerl & Kennard 1970) on the request's vector and its form, in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from hybrid.gate.features import Numbers
+from hybrid.gate.memory import AROUND, Memory
+from hybrid.gate.study import Asked, Study, Tensors, fill
+
+PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+#: a column of the form varies as much as a few columns of a unit vector
+_FORM_SCALE = 0.1
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Columns:
+    """Makes the columns that regressions see: the vector, and the form standardised by `middle` and `spread`."""
+
+    middle: Numbers
+    spread: Numbers
+
+    @classmethod
+    def of(cls, form: Numbers) -> Columns:
+        """Measured on the forms [n, columns] of the rows that are fitted."""
+        return cls(form.mean(axis=0), np.maximum(form.std(axis=0), 1e-3))
+
+    def __call__(self, asked: Asked) -> Numbers:
+        """[n, d + columns]."""
+        form = np.clip((asked.form - self.middle) / self.spread, -4, 4)
+        return np.concatenate([asked.vectors.astype(np.float64), _FORM_SCALE * form], axis=1)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Linear:
+    """`weight` [columns, arms] and `bias` [arms]."""
+
+    kind: ClassVar[str] = "linear"
+
+    columns: Columns
+    weight: Numbers
+    bias: Numbers
+
+    @classmethod
+    def trials(cls, study: Study) -> Iterator[tuple[float, Numbers]]:
+        tried: list[list[tuple[npt.NDArray[np.intp], Numbers]]] = [[] for _ in PENALTIES]
+        columns = Columns.of(study.asked.form)
+        x = columns(study.asked)
+        for fitted, held in study.splits:
+            for n, (weight, bias) in enumerate(_ridge(x[fitted], study.table.score[fitted], PENALTIES)):
+                tried[n].append((held, x[held] @ weight + bias))
+        for penalty, parts in zip(PENALTIES, tried, strict=True):
+            yield penalty, fill(len(x), parts)
+
+    @classmethod
+    def fit(cls, study: Study, setting: float) -> Linear:
+        columns = Columns.of(study.asked.form)
+        weight, bias = _ridge(columns(study.asked), study.table.score, (setting,))[0]
+        return cls(columns, weight, bias)
+
+    def raw(self, asked: Asked) -> Numbers:
+        return self.columns(asked) @ self.weight + self.bias
+
+    @property
+    def reach(self) -> int:
+        return AROUND
+
+    def tensors(self) -> Tensors:
+        return {
+            "middle": self.columns.middle, "spread": self.columns.spread,
+            "weight": self.weight, "bias": self.bias,
+        }  # fmt: skip
+
+    @classmethod
+    def load(cls, tensors: Mapping[str, npt.NDArray[Any]], memory: Memory) -> Linear:
+        return cls(Columns(tensors["middle"], tensors["spread"]), tensors["weight"], tensors["bias"])
+
+
+def _ridge(x: Numbers, score: Numbers, penalties: Sequence[float]) -> list[tuple[Numbers, Numbers]]:
+    """(weight [columns, arms], bias [arms]) of every penalty. Arms measured on the same rows share the one costly
+    step; an arm without rows is expected to be as good as the mean of all."""
+    out = [(np.zeros((x.shape[1], score.shape[1])), np.full(score.shape[1], np.nanmean(score))) for _ in penalties]
+    measured = ~np.isnan(score)
+    patterns, which = np.unique(measured, axis=1, return_inverse=True)
+    for p in range(patterns.shape[1]):
+        rows, arms = patterns[:, p], np.flatnonzero(which == p)
+        if not rows.any():
+            continue
+        middle, mean = x[rows].mean(axis=0), score[np.ix_(rows, arms)].mean(axis=0)
+        centred = x[rows] - middle
+        size, basis = np.linalg.eigh(centred.T @ centred)
+        seen = basis.T @ (centred.T @ (score[np.ix_(rows, arms)] - mean))
+        for (weight, bias), penalty in zip(out, penalties, strict=True):
+            weight[:, arms] = basis @ (seen / (np.maximum(size, 0.0) + penalty)[:, None])
+            bias[arms] = mean - middle @ weight[:, arms]
+    return out

@@ -1,0 +1,176 @@
+"""The taught requests themselves: what a new request resembles, and what every arm scored on those.
+
+Every kind of gate keeps them: they say how usual a request is, what answers cost, and which examples speak for an arm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hybrid.gate.features import Numbers, Vectors
+from hybrid.gate.outcomes import Table
+
+Places = npt.NDArray[np.intp]
+#: (text, cosine, {arm: score}) of a taught request
+Example = tuple[str, float, Mapping[str, float]]
+
+#: requests kept of a larger table: a matrix of 16,384 x 384 is compared with a request in 3 ms on one core
+MOST = 16_384
+#: neighbours that tell how usual a request is
+USUAL_OF = 5
+#: neighbours that tell the cost of an answer, and the task a request may belong to
+AROUND = 20
+#: how many measured neighbours the common mean counts as
+_PRIOR = 2.0
+_TEXT = 500
+_ROWS = 1024
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Near:
+    """The remembered requests nearest to each of n requests, best first: `rows` [n, k] and their cosines [n, k].
+
+    A cosine of -inf marks a row that may not vote.
+    """
+
+    rows: Places
+    similarity: Vectors
+
+    def part(self, index: Places) -> Near:
+        """Those of some of the requests."""
+        return Near(self.rows[index], self.similarity[index])
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """`vectors` unit [m, d], `score` and `cost` [m, arms] (NaN: not measured), `group` [m] an index into `groups`,
+    `texts` what was asked. The vectors are rounded to float16, as they are kept on disk."""
+
+    vectors: Vectors
+    score: Numbers
+    cost: Numbers
+    group: Places
+    groups: tuple[str, ...]
+    texts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, table: Table, vectors: Vectors, seed: int) -> tuple[Memory, Places]:
+        """The memory of a table with its vectors [n, d], and which of its rows are in it."""
+        kept = np.sort(np.random.default_rng(seed).permutation(len(table))[:MOST])
+        groups = tuple(dict.fromkeys(table.groups))
+        place = {name: i for i, name in enumerate(groups)}
+        memory = cls(
+            vectors[kept].astype(np.float16).astype(np.float32),
+            table.score[kept].astype(np.float32).astype(np.float64),
+            table.cost[kept].astype(np.float32).astype(np.float64),
+            np.array([place[table.groups[i]] for i in kept], dtype=np.intp),
+            groups,
+            tuple(table.queries[i][:_TEXT] for i in kept),
+        )
+        return memory, kept
+
+    def near(self, vectors: Vectors, k: int, apart: tuple[Places, Places] | None = None) -> Near:
+        """The `k` nearest to each of `vectors` [n, d].
+
+        `apart` holds a fold for each request [n] and for each remembered one [m]; those of one fold do not meet.
+        """
+        k = min(k, len(self.vectors))
+        rows = np.empty((len(vectors), k), dtype=np.intp)
+        cosines = np.empty((len(vectors), k), dtype=np.float32)
+        for start in range(0, len(vectors), _ROWS):
+            part = slice(start, start + _ROWS)
+            similarity = vectors[part] @ self.vectors.T
+            if apart is not None:
+                similarity[apart[0][part, None] == apart[1][None, :]] = -np.inf
+            best = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+            found = np.take_along_axis(similarity, best, axis=1)
+            order = np.argsort(-found, axis=1, kind="stable")
+            rows[part] = np.take_along_axis(best, order, axis=1)
+            cosines[part] = np.take_along_axis(found, order, axis=1)
+        return Near(rows, cosines)
+
+    @cached_property
+    def means(self) -> GroupMeans:
+        """What every arm scored in every group."""
+        return GroupMeans.of(self.score, self.group, len(self.groups))
+
+    @cached_property
+    def common_cost(self) -> Numbers:
+        """[arms]: what an answer of each arm costs on average; the mean of all where nothing is known of one."""
+        known = ~np.isnan(self.cost)
+        count = known.sum(axis=0)
+        total = np.where(known, self.cost, 0.0).sum(axis=0)
+        overall = total.sum() / count.sum() if count.any() else np.nan
+        return np.where(count > 0, total / np.maximum(count, 1), overall)
+
+    def costs(self, near: Near) -> Numbers:
+        """[n, arms]: what answers to requests like these cost, drawn towards the arm's mean."""
+        rows, votes = near.rows[:, :AROUND], np.isfinite(near.similarity[:, :AROUND])
+        cost = self.cost[rows]
+        known = ~np.isnan(cost) & votes[:, :, None]
+        total = np.where(known, cost, 0.0).sum(axis=1)
+        near_by: Numbers = (total + _PRIOR * self.common_cost) / (known.sum(axis=1) + _PRIOR)
+        return near_by
+
+    def examples(self, near: Near, arms: Sequence[str]) -> tuple[tuple[Example, ...], ...]:
+        """For each request up to five of the nearest, with the scores of the arms measured on them."""
+        return tuple(tuple(self._example(i, c, arms) for i, c in row) for row in _best(near))
+
+    def _example(self, row: int, cosine: float, arms: Sequence[str]) -> Example:
+        scores = {arm: float(s) for arm, s in zip(arms, self.score[row], strict=True) if not np.isnan(s)}
+        return self.texts[row], cosine, scores
+
+
+def _best(near: Near) -> Iterator[list[tuple[int, float]]]:
+    for rows, cosines in zip(near.rows[:, :USUAL_OF], near.similarity[:, :USUAL_OF], strict=True):
+        yield [(int(i), round(float(c), 4)) for i, c in zip(rows, cosines, strict=True) if np.isfinite(c)]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class GroupMeans:
+    """The mean score of every arm in every group, `mean` [groups, arms], and where it was `measured` at all.
+
+    With few rows a mean is drawn to the arm's own over all groups. An arm that nobody measured in a group is taken to
+    be no better there than the arms that were: else it would be chosen for what it can do elsewhere.
+    """
+
+    mean: Numbers
+    measured: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, score: Numbers, group: Places, groups: int) -> GroupMeans:
+        """From scores [n, arms] and the group of each row [n]."""
+        known = ~np.isnan(score)
+        filled = np.where(known, score, 0.0)
+        count = np.stack([known[group == g].sum(axis=0) for g in range(groups)])
+        total = np.stack([filled[group == g].sum(axis=0) for g in range(groups)])
+        overall = filled.sum() / max(known.sum(), 1)
+        arm = (filled.sum(axis=0) + overall) / (known.sum(axis=0) + 1)
+        usual = total.sum(axis=1) / np.maximum(count.sum(axis=1), 1)
+        mean = (total + arm) / (count + 1)
+        return cls(np.where(count > 0, mean, np.minimum(arm, usual[:, None])), count > 0)
+
+    @property
+    def arm(self) -> Numbers:
+        """[arms]: the mean over groups."""
+        overall: Numbers = self.mean.mean(axis=0)
+        return overall
+
+    def bounded(self, score: Numbers, group: Places, votes: npt.NDArray[Any]) -> Numbers:
+        """Scores [n, arms] where no arm beats the measured ones in groups that it was not measured in.
+
+        `group` [n, k] are the groups of the neighbours, `votes` [n, k] whether each counts.
+        """
+        if self.measured.all():
+            return score
+        weight = votes[:, :, None].astype(np.float64)
+        cover = (self.measured[group] * weight).sum(axis=1) / np.maximum(weight.sum(axis=1), 1)
+        usual = (cover * score).sum(axis=1, keepdims=True) / np.maximum(cover.sum(axis=1, keepdims=True), 1e-9)
+        bounded: Numbers = cover * score + (1 - cover) * np.minimum(score, usual)
+        return bounded

@@ -1,0 +1,131 @@
+"""What the kinds of gates share: what they are shown of a request, and the folds that all of them are tried on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from hybrid.errors import DataError
+from hybrid.gate.features import Numbers, Vectors
+from hybrid.gate.form import form
+from hybrid.gate.memory import GroupMeans, Memory, Near, Places
+from hybrid.gate.outcomes import Lessons, lessons
+
+Tensors = dict[str, npt.NDArray[Any]]
+
+FOLDS = 5
+#: neighbours found for every row of a study: as many as any setting of the nearest-neighbour gate looks at
+NEIGHBOURS = 160
+_LEAST = 8
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Asked:
+    """Requests as a gate sees them: unit `vectors` [n, d], `form` [n, columns], and what they are `near` to."""
+
+    vectors: Vectors
+    form: Numbers
+    near: Near
+
+
+class Model(Protocol):
+    """A learned estimate of every arm's score. Fitting may be heavy; `raw` is numpy alone and safe in threads."""
+
+    kind: ClassVar[str]
+
+    @classmethod
+    def trials(cls, study: Study) -> Iterator[tuple[float, Numbers]]:
+        """(a setting, its estimates [n, arms] for rows that the fit had not seen), for every setting worth trying."""
+        ...
+
+    @classmethod
+    def fit(cls, study: Study, setting: float) -> Self:
+        """The model of all rows."""
+        ...
+
+    def raw(self, asked: Asked) -> Numbers:
+        """[n, arms]: estimated scores, not yet calibrated."""
+        ...
+
+    @property
+    def reach(self) -> int:
+        """How many neighbours it looks at."""
+        ...
+
+    def tensors(self) -> Tensors:
+        """What `load` needs beside the memory."""
+        ...
+
+    @classmethod
+    def load(cls, tensors: Mapping[str, npt.NDArray[Any]], memory: Memory) -> Self:
+        """The model that `tensors` was taken of."""
+        ...
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Study:
+    """A table laid out for cross-validation: the fold of every row, and its neighbours among the other folds."""
+
+    table: Lessons
+    asked: Asked
+    memory: Memory
+    kept: Places
+    folds: Places
+    seed: int
+
+    @classmethod
+    def of(cls, table: Lessons, vectors: Vectors, seed: int) -> Study:
+        """Raises DataError where there are too few different queries to check anything by, Refused for a table that
+        may not teach."""
+        folds = _folds(lessons(table), seed)
+        memory, kept = Memory.of(table, vectors, seed)
+        near = memory.near(vectors, NEIGHBOURS, (folds, folds[kept]))
+        return cls(table, Asked(vectors, form(table.queries), near), memory, kept, folds, seed)
+
+    @property
+    def splits(self) -> Iterator[tuple[Places, Places]]:
+        """(rows to fit, rows to try) of every fold."""
+        for fold in range(int(self.folds.max()) + 1):
+            yield np.flatnonzero(self.folds != fold), np.flatnonzero(self.folds == fold)
+
+    def means(self, rows: Places) -> GroupMeans:
+        """The group means of some of the rows."""
+        place = {name: i for i, name in enumerate(self.memory.groups)}
+        group = np.array([place[self.table.groups[i]] for i in rows.tolist()], dtype=np.intp)
+        return GroupMeans.of(self.table.score[rows], group, len(place))
+
+
+def _folds(table: Lessons, seed: int) -> Places:
+    """[n]: a fold for every row. Queries of the same words stay together; every group is spread over all folds."""
+    units: dict[tuple[str, ...], list[int]] = {}
+    for i, query in enumerate(table.queries):
+        units.setdefault(_words(query), []).append(i)
+    if len(units) < _LEAST:
+        raise DataError(
+            f"The outcomes hold {len(units)} different queries; a gate needs {_LEAST} at least, better hundreds."
+        )
+    drawn = list(units.values())
+    np.random.default_rng(seed).shuffle(drawn)
+    drawn.sort(key=lambda unit: table.groups[unit[0]])  # stable: the draw decides within a group
+    folds = np.empty(len(table), dtype=np.intp)
+    for n, unit in enumerate(drawn):
+        folds[unit] = n % FOLDS
+    return folds
+
+
+def _words(query: str) -> tuple[str, ...]:
+    return tuple(sorted(set(_WORD.findall(query.casefold())))) or (query,)
+
+
+def fill(n: int, parts: Sequence[tuple[Places, Numbers]]) -> Numbers:
+    """[n, arms] put together from the rows of every fold."""
+    out = np.empty((n, parts[0][1].shape[1]))
+    for rows, values in parts:
+        out[rows] = values
+    return out
