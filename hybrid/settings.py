@@ -81,9 +81,10 @@ class GateSettings(_Section):
     """The rules around the learned scores."""
 
     deadline_ms: float = Field(200.0, description="a slower gate is not waited for")
-    quality_cost: float = Field(0.7, ge=0, le=1, description="0 cheapest, 1 best")
+    quality_cost: float = Field(0.9, ge=0, le=1, description="0 cheapest, 1 best")
     default_arm: str = Field("prompt", description="answers when the gate cannot")
     abstain_below: float = Field(0.4, ge=0, le=1, description="a narrow arm less likely than this is not taken")
+    stay_margin: float = Field(0.15, ge=0, le=1, description="a conversation changes its arm for a larger gain only")
     few_shot_k: int = Field(4, ge=1, le=32)
     mix_top_k: int = Field(2, ge=1, le=8, description="adapters in a mix that the gate weighs")
     mix_balance: float = Field(0.0, ge=0, description="how far, in nats, the load may change which adapters are mixed")

@@ -9,10 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gate_kit import (
+    GARDEN,
+    GARDEN_ASKED,
+    GARDEN_TASK,
+    ISLAND,
+    ISLAND_ASKED,
+    LIBRARY,
+    LIBRARY_ASKED,
+    LIBRARY_TASK,
+    STRANGERS,
+    GateHome,
+)
 
 from hybrid.errors import BadRequest, Forbidden, Refused
 from hybrid.gate.features import Vectors
-from hybrid.gate.general import general_lines, general_vectors, outside_lines, outside_vectors
 from hybrid.gate.lexicon import Lexicon, bare_input, look
 from hybrid.gate.model import DEFAULT, Gate, Scores, Weights
 from hybrid.gate.policy import Policy
@@ -22,34 +33,7 @@ from hybrid.knowledge.embed import Embedder
 from hybrid.models import materialise
 from hybrid.rooms import Home
 from hybrid.settings import DEFAULT_EMBEDDER, GateSettings, Settings
-from hybrid.types import PROMPT, Arm, Knobs, Passage
-
-GARDEN, LIBRARY = Arm("adapter", ("garden",)), Arm("adapter", ("library",))
-ISLAND = Arm("rag", ("island",))
-GARDEN_TASK = "Name the garden job. Reply with one label."
-LIBRARY_TASK = 'Return one JSON object {"title": ..., "action": ...}.'
-PLANTS = ["roses", "tulips", "beans", "the apple tree", "lavender", "potatoes", "the hedge", "mint", "peonies", "leeks"]
-TROUBLES = [
-    "When should I prune {}?",
-    "{} have yellow leaves and drop them",
-    "How much water do {} need in July?",
-    "Snails are eating {}, what helps?",
-    "Is it too late to plant {} now?",
-]
-BOOKS = ["The Silent Harbour", "A Winter in Minsk", "Ten Small Rivers", "The Glass Orchard", "Letters to Ada"]
-BOOKS += ["The Last Lamplighter", "Salt and Thunder", "A Field Guide to Fog", "Nine Doors", "The Clockmaker's Son"]
-ORDERS = ["renew {} until next week", "put {} on hold for me", "I return {} today", "extend the loan of {}",
-          "cancel my reservation of {}"]  # fmt: skip
-PASSAGES = [
-    ("Harbour", "The harbour of Vell was dug in 1788 by convicts and holds forty fishing boats."),
-    ("Lighthouse", "The lighthouse on Cape Orrin is 31 metres high and was automated in 1984."),
-    ("Kelp", "Kelp is gathered on the northern beaches in spring and burnt for its ash, which once made glass."),
-    ("Language", "The islanders speak Vellish, a language with eleven cases and no word for yes."),
-    ("Ferry", "The ferry to the mainland sails twice a day and takes three hours; it does not sail in storms."),
-    ("Governor", "The first governor, Ada Holm, abolished the salt tax and founded the school in Lower Vell."),
-    ("Puffins", "About nine thousand puffins nest on the western cliffs between April and August."),
-    ("Bread", "Islanders bake a dark bread of barley and dried apples called brunn for the midwinter feast."),
-]
+from hybrid.types import PROMPT, Arm, Knobs
 
 
 @pytest.fixture(scope="module")
@@ -58,73 +42,19 @@ def embedder() -> Embedder:
     return Embedder(files.path, files.name)
 
 
-class Home_:
-    """Enrols the arms of these tests, each line of which is written here."""
-
-    def __init__(self, embedder: Embedder, cache: Path) -> None:
-        self.embedder = embedder
-        self.gate = Gate()
-        self.gate.enrol_general(general_lines(), general_vectors(embedder.embed, "test", cache))
-        self.gate.enrol_outside(outside_lines(), outside_vectors(embedder.embed, "test", cache))
-
-    def adapter(self, name: str, task: str, inputs: list[str]) -> None:
-        full = [f"{task}\n\n{text}" for text in inputs]
-        self.gate.enrol_adapter(name, full, self.embedder.embed(full), self.embedder.embed(inputs))
-
-    def garden(self) -> None:
-        self.adapter("garden", GARDEN_TASK, [t.format(p) for t in TROUBLES for p in PLANTS[:8]])
-
-    def library(self) -> None:
-        self.adapter("library", LIBRARY_TASK, [t.format(b) for t in ORDERS for b in BOOKS[:8]])
-
-    def island(self) -> None:
-        passages = [Passage(f"p{i}", title, text, corpus="island") for i, (title, text) in enumerate(PASSAGES)]
-        self.gate.enrol_corpus("island", passages, self.embedder.embed([f"{p.title}\n{p.text}" for p in passages]))
-
-    def train(self) -> None:
-        self.gate.weights = train_gate(self.gate.bank, self.embedder.embed)
-
-    def best(self, query: str) -> Arm:
-        scores = self.scores(query)
-        return Policy(GateSettings()).choose(scores, allowed=lambda _: True, knobs=Knobs()).arm
-
-    def scores(self, query: str) -> Scores:
-        return self.gate.score(query, self.embedder.embed_query(query))
-
-
 @pytest.fixture
-def home(embedder: Embedder, tmp_path_factory: pytest.TempPathFactory) -> Home_:
-    return Home_(embedder, tmp_path_factory.getbasetemp() / "gate-cache")
+def home(embedder: Embedder, tmp_path_factory: pytest.TempPathFactory) -> GateHome:
+    return GateHome(embedder, tmp_path_factory.getbasetemp() / "gate-cache")
 
 
-GARDEN_ASKED = [t.format(p) for t in TROUBLES for p in PLANTS[8:]]
-LIBRARY_ASKED = [t.format(b) for t in ORDERS for b in BOOKS[8:]]
-ISLAND_ASKED = [
-    "How high is the lighthouse on Cape Orrin?",
-    "When was the harbour of Vell dug?",
-    "What language do the islanders speak?",
-    "How long does the ferry to the mainland take?",
-    "Who founded the school in Lower Vell?",
-    "How many puffins nest on the western cliffs?",
-]
-STRANGERS = [
-    "hello, how are you?",
-    "Schreibe mir ein Gedicht über Züge",
-    "Write a Python function that counts vowels",
-    "A box holds 12 pens. How many pens are in 7 boxes?",
-    "Translate to Spanish: the door is open",
-    "Which is a metal?\nA. oak\nB. iron\nC. wool",
-]
-
-
-def share(home: Home_, asked: list[str], arm: Arm) -> float:
+def share(home: GateHome, asked: list[str], arm: Arm) -> float:
     return sum(home.best(q) == arm for q in asked) / len(asked)
 
 
 # --- routing ---------------------------------------------------------------------------------------------------------
 
 
-def test_each_arm_gets_its_own_requests_with_the_instruction_and_without(home: Home_) -> None:
+def test_each_arm_gets_its_own_requests_with_the_instruction_and_without(home: GateHome) -> None:
     home.garden(), home.library(), home.island(), home.train()
     assert share(home, GARDEN_ASKED, GARDEN) == 1
     assert share(home, [f"{GARDEN_TASK}\n\n{q}" for q in GARDEN_ASKED], GARDEN) == 1
@@ -135,14 +65,14 @@ def test_each_arm_gets_its_own_requests_with_the_instruction_and_without(home: H
 
 
 @pytest.mark.parametrize("arms", [("garden",), ("island",), ("library", "island"), ()])
-def test_any_set_of_arms_leaves_strangers_to_prompt(home: Home_, arms: tuple[str, ...]) -> None:
+def test_any_set_of_arms_leaves_strangers_to_prompt(home: GateHome, arms: tuple[str, ...]) -> None:
     for arm in arms:
         getattr(home, arm)()
     home.train()
     assert share(home, STRANGERS, PROMPT) == 1
 
 
-def test_an_arm_enrolled_after_training_is_routed_to_at_once(home: Home_) -> None:
+def test_an_arm_enrolled_after_training_is_routed_to_at_once(home: GateHome) -> None:
     home.library(), home.train()
     before = home.gate.weights
     assert share(home, GARDEN_ASKED, GARDEN) == 0
@@ -154,7 +84,7 @@ def test_an_arm_enrolled_after_training_is_routed_to_at_once(home: Home_) -> Non
     assert share(home, LIBRARY_ASKED, LIBRARY) >= 0.9
 
 
-def test_the_weights_that_ship_route_before_anything_is_trained(home: Home_) -> None:
+def test_the_weights_that_ship_route_before_anything_is_trained(home: GateHome) -> None:
     home.garden(), home.island()
     assert home.gate.weights is DEFAULT
     assert share(home, GARDEN_ASKED, GARDEN) >= 0.9
@@ -162,14 +92,14 @@ def test_the_weights_that_ship_route_before_anything_is_trained(home: Home_) -> 
     assert share(home, STRANGERS, PROMPT) == 1
 
 
-def test_a_forgotten_arm_is_not_chosen_and_its_requests_go_to_prompt(home: Home_) -> None:
+def test_a_forgotten_arm_is_not_chosen_and_its_requests_go_to_prompt(home: GateHome) -> None:
     home.garden(), home.library(), home.train()
     home.gate.forget(GARDEN)
     assert GARDEN not in home.gate.arms()
     assert share(home, GARDEN_ASKED, PROMPT) >= 0.9
 
 
-def test_passages_found_elsewhere_are_used_in_place_of_a_search(home: Home_) -> None:
+def test_passages_found_elsewhere_are_used_in_place_of_a_search(home: GateHome) -> None:
     home.island(), home.train()
     query = ISLAND_ASKED[0]
     vector = home.embedder.embed_query(query)
@@ -177,7 +107,7 @@ def test_passages_found_elsewhere_are_used_in_place_of_a_search(home: Home_) -> 
     assert nothing.by_arm[ISLAND] < 0.1 < home.gate.score(query, vector).by_arm[ISLAND]
 
 
-def test_a_score_is_explained_and_sums_to_one(home: Home_) -> None:
+def test_a_score_is_explained_and_sums_to_one(home: GateHome) -> None:
     home.garden(), home.island(), home.train()
     scores = home.scores("When should I prune peonies?")
     assert sum(scores.by_arm.values()) == pytest.approx(1)
@@ -189,13 +119,13 @@ def test_a_score_is_explained_and_sums_to_one(home: Home_) -> None:
     assert "training messages of garden" in scores.why[GARDEN]
 
 
-def test_training_twice_gives_the_same_weights(home: Home_) -> None:
+def test_training_twice_gives_the_same_weights(home: GateHome) -> None:
     home.garden(), home.island()
     first, second = (train_gate(home.gate.bank, home.embedder.embed) for _ in range(2))
     assert all(np.array_equal(first.by_kind[kind], second.by_kind[kind]) for kind in first.by_kind)
 
 
-def test_an_adapter_trained_with_passages_is_an_arm_that_names_its_corpus(home: Home_) -> None:
+def test_an_adapter_trained_with_passages_is_an_arm_that_names_its_corpus(home: GateHome) -> None:
     vectors = home.embedder.embed(GARDEN_ASKED)
     arm = home.gate.enrol_adapter("garden", GARDEN_ASKED, vectors, corpus="island")
     assert arm == Arm("adapter+rag", ("garden", "island"))
@@ -297,7 +227,7 @@ def test_the_input_is_what_follows_the_instruction() -> None:
     assert look("你好 world[1]") == ["你", "好", "world", "[", "1", "]"]
 
 
-def test_questions_made_from_passages_are_many_and_repeatable(home: Home_) -> None:
+def test_questions_made_from_passages_are_many_and_repeatable(home: GateHome) -> None:
     home.island()
     corpus = home.gate.bank.corpora[ISLAND]
     made = pseudo_questions(corpus, 50)
@@ -357,7 +287,8 @@ def test_cost_decides_between_arms_that_score_alike() -> None:
     assert choose(close, Knobs(quality_cost=1.0)).arm == BOTH
     assert choose(close, Knobs(quality_cost=0.5)).arm == A
     assert choose({PROMPT: 0.45, RAG: 0.55}, Knobs(quality_cost=0.0)).arm == PROMPT
-    assert choose({PROMPT: 0.7, RAG: 0.3}, Knobs(quality_cost=1.0)).arm == RAG
+    assert choose({PROMPT: 0.61, RAG: 0.39}, Knobs(quality_cost=1.0)).arm == RAG
+    assert choose({PROMPT: 0.61, RAG: 0.39}, Knobs(quality_cost=0.5)).arm == PROMPT
 
 
 # --- published gates -------------------------------------------------------------------------------------------------

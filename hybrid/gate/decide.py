@@ -14,6 +14,7 @@ import uuid
 import numpy as np
 
 from hybrid.errors import HybridError
+from hybrid.gate.conversations import Conversations
 from hybrid.gate.model import Gate, Scores
 from hybrid.gate.policy import Policy
 from hybrid.knowledge.search import Library
@@ -31,6 +32,7 @@ class Decider:
         self._policy = policy
         self._library = library
         self._settings = settings
+        self._conversations = Conversations()
 
     async def decide(self, request: Request) -> Decision:
         """The decision for `model="auto"`: a gate that fails or is late falls back to the default arm.
@@ -43,7 +45,8 @@ class Decider:
                 scores = await asyncio.to_thread(self._score, request.query)
             if any(not math.isfinite(score) for score in scores.by_arm.values()):
                 raise ValueError("the gate gave a score that is not a number")
-            choice = self._policy.choose(scores, allowed=lambda _arm: True, knobs=request.knobs)
+            kept = self._conversations.arm(request)
+            choice = self._policy.choose(scores, allowed=lambda _arm: True, knobs=request.knobs, kept=kept)
             vector = self._kept(request.query)
         except HybridError:
             raise  # the request's own fault, and said in words
@@ -53,6 +56,7 @@ class Decider:
             # the gate is learned and fed by users' artefacts: no failure of it may cost an answer
             log.exception("the gate failed; the default arm answers")
             return self._default("error", f"the gate failed ({type(error).__name__})", began)
+        self._conversations.keep(request, choice.arm)
         return Decision(
             id=new_id(),
             arm=choice.arm,

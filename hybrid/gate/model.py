@@ -16,6 +16,8 @@ import numpy as np
 
 from hybrid.gate.bank import PASSAGE_SAMPLE, Bank, Messages, sample
 from hybrid.gate.features import COLUMNS, NEAREST, Corpus, Numbers, Search, Vectors
+from hybrid.gate.learned import Estimate
+from hybrid.gate.taught import TASK, Blend, Taught, task_owner
 from hybrid.types import PROMPT, Arm, Passage
 
 
@@ -47,19 +49,23 @@ def kind(arm: Arm) -> str:
     """Which weights an arm shares."""
     if arm == PROMPT:
         return "general"
-    return "messages" if arm.adapter else "passages"
+    return "messages" if arm.adapter or arm.strategy == TASK else "passages"
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What the gate says of one request. `by_arm` sums to one; `confidence` is the highest of them.
+    """What the gate says of one request: each arm's expected share of the best arm's score, 0 to 1.
 
-    `why` says in words what each arm showed; `neighbours` are the training messages that lie nearest.
+    `stranger` is how much of `prompt`'s score comes from the request being nobody's (None: all of it). `costs` are
+    expected ones where outcomes tell. `why` says in words what each arm showed; `neighbours` are the messages that
+    lie nearest, those that were measured with the scores of their arms.
     """
 
     by_arm: Mapping[Arm, float]
     why: Mapping[Arm, str] = field(default_factory=dict)
     neighbours: Sequence[Mapping[str, Any]] = ()
+    stranger: float | None = None
+    costs: Mapping[Arm, float] = field(default_factory=dict)
 
     @property
     def confidence(self) -> float:
@@ -77,6 +83,7 @@ class Gate:
 
     def __init__(self, weights: Weights = DEFAULT) -> None:
         self.weights = weights
+        self.taught: Taught | None = None
         self.bank = Bank.of({PROMPT: Messages()}, {}, Messages())
         self._lock = threading.Lock()
 
@@ -108,6 +115,12 @@ class Gate:
         self._change({arm: Messages.of(texts, *views)})
         return arm
 
+    def enrol_task(self, name: str, texts: Sequence[str], vectors: Vectors) -> Arm:
+        """Makes the requests of a measured task known, with their unit vectors [n, d]. Returns their owner, no arm."""
+        owner = task_owner(name)
+        self._change({owner: Messages.of(texts, vectors)})
+        return owner
+
     def enrol_corpus(
         self, name: str, passages: Sequence[Passage], vectors: Vectors, search: Search | None = None
     ) -> Arm:
@@ -131,14 +144,15 @@ class Gate:
 
     def arms(self) -> tuple[Arm, ...]:
         """Every arm that can be chosen; `prompt` is always one."""
-        return (PROMPT, *(a for a in self.bank.messages if a != PROMPT), *self.bank.corpora)
+        own = (a for a in (*self.bank.messages, *self.bank.corpora) if a.strategy != TASK)
+        return tuple(dict.fromkeys((PROMPT, *own, *(self.taught.served if self.taught else ()))))
 
     def score(self, query: str, vector: Vectors, retrieved: Mapping[str, Sequence[Passage]] | None = None) -> Scores:
         """Scores every arm for one request with its unit vector [d].
 
         `retrieved` holds the best passages by corpus where they were searched already; the others are searched here.
         """
-        bank, weights = self.bank, self.weights
+        bank, weights, taught = self.bank, self.weights, self.taught
         given = retrieved or {}
         found = {
             arm: given[arm.args[0]] if arm.args[0] in given else corpus.retrieve(vector)
@@ -147,15 +161,18 @@ class Gate:
         cosines = bank.similarities(vector[None, :])
         features = bank.features([query], cosines, {arm: [p] for arm, p in found.items()})
         utilities = np.array([weights.utility(arm, x)[0] for arm, x in features.items()])
-        chances = softmax(utilities)
-        return Scores(
-            dict(zip(features, chances.tolist(), strict=True)),
-            _reasons(bank, cosines[0], found),
-            tuple(
-                {"arm": str(arm), "text": text, "similarity": round(cosine, 4)}
-                for arm, text, cosine in bank.neighbours(cosines[0], NEAREST)
-            ),
+        owners = dict(zip(features, softmax(utilities).tolist(), strict=True))
+        why = _reasons(bank, cosines[0], found)
+        near = tuple(
+            {"arm": str(arm), "text": text, "similarity": round(cosine, 4)}
+            for arm, text, cosine in bank.neighbours(cosines[0], NEAREST)
         )
+        if taught is None:
+            return Scores(owners, why, near)
+        estimate = taught.estimate(query, vector)
+        blend = taught.blend(owners, estimate)
+        reasons = {**why, **_expectations(blend)}
+        return Scores(blend.shares, reasons, (*_measured(estimate), *near), blend.stranger, blend.costs)
 
     def _change(
         self, messages: Mapping[Arm, Messages] | None = None, corpora: Mapping[Arm, Corpus] | None = None
@@ -174,7 +191,7 @@ def softmax(utilities: Numbers) -> Numbers:
 def _reasons(bank: Bank, cosines: Vectors, found: Mapping[Arm, Sequence[Passage]]) -> dict[Arm, str]:
     out = {PROMPT: "nothing that was trained or indexed is nearer than general requests"}
     for arm, messages in bank.messages.items():
-        if arm != PROMPT and messages.views:
+        if arm.strategy not in (PROMPT.strategy, TASK) and messages.views:
             count = min(NEAREST, len(messages.views[0].vectors))
             near = bank.nearness(arm, cosines)
             out[arm] = f"nearest to {count} training messages of {arm.adapter}, similarity {near:.2f}"
@@ -183,3 +200,18 @@ def _reasons(bank: Bank, cosines: Vectors, found: Mapping[Arm, Sequence[Passage]
         best = f"“{title}”, similarity {passages[0].score:.2f}" if passages else "none"
         out[arm] = f"best passage of {arm.args[0]}: {best}"
     return out
+
+
+def _expectations(blend: Blend) -> dict[Arm, str]:
+    """What outcomes promise of each arm, in words."""
+    if blend.expected is None:
+        return {}
+    return {arm: f"outcomes on requests like this promise {arm} {score:.2f}" for arm, score in blend.expected.items()}
+
+
+def _measured(estimate: Estimate) -> list[Mapping[str, Any]]:
+    """The measured requests nearest to this one, with what each arm scored there."""
+    return [
+        {"text": text, "similarity": round(similarity, 4), "scores": dict(scores)}
+        for text, similarity, scores in estimate.nearest[0]
+    ]

@@ -11,12 +11,16 @@ from hybrid.gate.model import Scores
 from hybrid.settings import GateSettings
 from hybrid.types import PROMPT, Arm, Knobs
 
-#: what an answer costs, as an order: passages lengthen the prompt, an adapter does not
-_COST: Mapping[str, int] = {"prompt": 0, "adapter": 1, "rag": 2, "adapter+rag": 3}
-#: how much less likely a cheaper arm may be and still be taken, where only cost counts
-_WIDEST = 0.2
+#: what an answer costs where nothing was measured, in prompts of the base model: examples and passages lengthen the
+#: prompt, a head needs no engine, and agents that confer call it several times
+_NOMINAL: Mapping[str, float] = {
+    "head": 0.0, "prompt": 1.0, "base": 1.0, "adapter": 1.1, "mix": 1.2, "few_shot": 4.0, "rag": 5.0,
+    "adapter+rag": 5.1, "self_moa": 6.0, "moa": 8.0,
+}  # fmt: skip
+#: an arm expected to reach less than this share of the best one's score saves nothing
+_LEAST = 0.5
 #: the quality-cost knob at which `abstain_below` holds as it stands: nearer 0, more is asked of a narrow arm
-_AT = 0.7
+_AT = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +40,20 @@ class Policy:
         self._settings = settings
         self._default = Arm.parse(settings.default_arm)
 
-    def choose(self, scores: Scores, *, allowed: Callable[[Arm], bool], knobs: Knobs) -> Choice:
-        """The arm to answer with. Raises BadRequest or Forbidden when the caller may use none of the arms."""
+    def choose(
+        self,
+        scores: Scores,
+        *,
+        allowed: Callable[[Arm], bool],
+        knobs: Knobs,
+        kept: Arm | None = None,
+    ) -> Choice:
+        """The arm to answer with: the cheapest of those that score nearly as well as the best one.
+
+        `kept` is the arm that answered earlier in the conversation: it stays unless another gains more than
+        `stay_margin`, as to change adapters costs the cached prefix. Raises BadRequest or Forbidden when the caller
+        may use none of the arms.
+        """
         usable = {arm: score for arm, score in scores.by_arm.items() if allowed(arm) and _asked(arm, knobs)}
         if not usable:
             return self._nothing(allowed, knobs)
@@ -45,20 +61,29 @@ class Policy:
             safe = self._safe(usable)
             return Choice(safe, 0.0, f"the gate gave no usable score, so {safe} answers", "error")
         quality = self._settings.quality_cost if knobs.quality_cost is None else knobs.quality_cost
-        arm = _cheapest_of_best(usable, quality)
-        needed = min(self._settings.abstain_below * (1 + _AT - quality), 1.0)
-        if arm == PROMPT or PROMPT not in usable or usable[arm] >= needed:
-            return Choice(arm, usable[arm], scores.why.get(arm, "it scores best"))
-        why = scores.why.get(arm, str(arm))
+        choice = self._best(scores, usable, quality)
+        if kept in usable and kept != choice.arm and usable[choice.arm] - usable[kept] <= self._settings.stay_margin:
+            return Choice(kept, usable[kept], f"stays with the conversation's arm; {choice.reason}")
+        return choice
+
+    def _best(self, scores: Scores, usable: Mapping[Arm, float], quality: float) -> Choice:
+        """The cheapest arm that scores nearly as well as the best one; `prompt` where the request is nobody's."""
+        stranger = usable.get(PROMPT, 0.0) if scores.stranger is None else scores.stranger
+        earned = {arm: score - stranger if arm == PROMPT else score for arm, score in usable.items()}
+        arm = _cheapest_of_best(earned, scores.costs, quality)
+        needed = min(self._settings.abstain_below * (1 + (_AT - quality) / 2), 1.0)
+        why = scores.why.get(arm, "it scores best")
+        if PROMPT not in usable or earned[arm] >= needed:
+            return Choice(arm, usable[arm], why)
         if usable[PROMPT] >= usable[arm]:
             return Choice(PROMPT, usable[PROMPT], f"{scores.why.get(PROMPT, 'it scores best')} ({why})")
-        reason = f"not sure enough: {why}, a probability of {usable[arm]:.2f} where {needed:.2f} is needed"
+        reason = f"not sure enough: {why}, a score of {usable[arm]:.2f} where {needed:.2f} is needed"
         return Choice(PROMPT, usable[PROMPT], reason, "abstained")
 
     def _safe(self, usable: Mapping[Arm, float]) -> Arm:
         if self._default in usable:
             return self._default
-        return min(usable, key=lambda arm: (_COST.get(arm.strategy, len(_COST)), arm))
+        return min(usable, key=lambda arm: (_NOMINAL.get(arm.strategy, math.inf), arm))
 
     def _nothing(self, allowed: Callable[[Arm], bool], knobs: Knobs) -> Choice:
         if knobs.arms is None and knobs.corpus is None and allowed(self._default):
@@ -71,12 +96,18 @@ class Policy:
         )
 
 
-def _cheapest_of_best(usable: Mapping[Arm, float], quality: float) -> Arm:
-    """The best arm other than `prompt`, or a cheaper one that is nearly as likely; `prompt` where it is alone."""
-    narrow = {arm: score for arm, score in usable.items() if arm != PROMPT}
-    enough = max(narrow.values(), default=0.0) - _WIDEST * (1 - quality)
-    close = [arm for arm, score in narrow.items() if score >= enough]
-    return min(close, key=lambda arm: (_COST.get(arm.strategy, len(_COST)), -usable[arm], arm), default=PROMPT)
+def _cheapest_of_best(earned: Mapping[Arm, float], costs: Mapping[Arm, float], quality: float) -> Arm:
+    """The cheapest arm whose score is within (1 - quality)² of the best one's, as a share of it."""
+    slack = min((1 - quality) ** 2, 1 - _LEAST)
+    enough = max(earned.values()) * (1 - slack)
+    # in the unit of the outcomes, by what `prompt` costs there; arms that were not measured cost what is usual
+    unit = costs.get(PROMPT, math.nan)
+
+    def price(arm: Arm) -> float:
+        known = costs.get(arm, math.nan) / unit if unit > 0 else math.nan
+        return _NOMINAL.get(arm.strategy, max(_NOMINAL.values())) if math.isnan(known) else known
+
+    return min((arm for arm in earned if earned[arm] >= enough), key=lambda arm: (price(arm), -earned[arm], arm))
 
 
 def _asked(arm: Arm, knobs: Knobs) -> bool:
