@@ -11,13 +11,17 @@ from typing import Any
 import aiohttp
 import pytest
 from conftest import Served, start_server, stop_server
+from gradio_client import Client as Page
 from server_kit import TOKEN, make_home, running, until
 from yarl import URL
 
-from hybrid.errors import Forbidden, HybridError, Unauthorized
+from hybrid.errors import Forbidden, HybridError, NotFound, Unauthorized
+from hybrid.evaluation.gallery import list_examples, read_example
 from hybrid.lifecycle.evaluator import Pace
 from hybrid.ui.client import Client
+from hybrid.ui.sides import evaluation_facts, examples_table, ordered, plan_facts, side_by_side, verdict
 
+EVIL = "<img src=x onerror=alert(1)>"
 COLOURS = ("red", "green", "blue")
 ARMS = ["prompt", "base"]
 
@@ -137,14 +141,14 @@ async def test_an_evaluation_is_cancelled_and_goes_on_when_asked_again(face: Ser
         {},
     ],
 )  # fmt: skip
-async def test_S_what_lies_elsewhere_or_is_nonsense_is_refused(face: Served, order: dict[str, Any]) -> None:
+async def test_what_lies_elsewhere_or_is_nonsense_is_refused(face: Served, order: dict[str, Any]) -> None:
     with pytest.raises(HybridError) as refused:
         await Client(face.url).evaluate("", order)
     assert "broke" not in refused.value.message
 
 
 @pytest.mark.parametrize("name", ["..", ".", "%2e%2e", "..%2f..%2fhybrid.toml", "none", "a%00b"])
-async def test_S_a_report_is_a_folder_of_this_home(face: Served, name: str) -> None:
+async def test_a_report_is_a_folder_of_this_home(face: Served, name: str) -> None:
     async with aiohttp.ClientSession() as http:
         for path in ("", "/report.html", "/examples?task=colours"):
             async with http.get(URL(f"{face.url}/v1/reports/{name}{path}", encoded=True)) as answer:
@@ -160,6 +164,80 @@ async def test_a_key_that_only_asks_evaluates_nothing_and_reads_no_report(tmp_pa
             with pytest.raises(Forbidden):
                 await refused
         assert await client.reports(TOKEN) == await client.evaluations(TOKEN) == []
+
+
+# --- through the page ------------------------------------------------------------------------------------------------
+
+
+async def test_the_tab_plans_runs_and_shows_every_answer(face: Served) -> None:
+    page = await asyncio.to_thread(Page, face.url, verbose=False)
+
+    async def do(verb: str, /, **values: Any) -> Any:
+        return await asyncio.to_thread(page.predict, **values, key="", api_name=verb)
+
+    order = {"what": "eval/tasks/colours", "arms": ARMS, "split": "test", "limit": "3", "name": "by-hand"}
+    assert "6 of 6 answers" in await do("/plan", **order)
+    assert "Choose a suite" in await do("/evaluate", **{**order, "what": None})
+    assert "whole number" in await do("/evaluate", **{**order, "limit": "many"})
+    assert "Started by-hand" in await do("/evaluate", **order)
+    client = Client(face.url)
+    assert (await ended(client, (await client.evaluations(""))[0]["id"]))["status"] == "succeeded"
+
+    told, board, *_ = await do("/report", name="by-hand")
+    assert "held out" in told
+    assert 'href="/v1/reports/by-hand/report.html"' in told
+    assert "Leaderboard" in board
+    assert "<svg" in board
+    rows, sides = await do("/examples", name="by-hand", task="colours", order="arms disagree most")
+    assert rows.count("data-pick") == 3
+    assert sides.count("hy-side ") == 2
+    assert "test thing" in sides
+    assert "no report" in (await do("/report", name="never"))[0]
+
+
+def test_S17_reports_evaluations_and_answers_show_text_alone() -> None:
+    answer = {
+        "arm": EVIL, "score": 0.5, "answer": EVIL, "error": None, "chosen": EVIL, "latency_ms": 1.0,
+        "tokens": {"prompt": 1, "completion": 1}, "passages": [EVIL],
+    }  # fmt: skip
+    example = {"task": EVIL, "id": EVIL, "input": EVIL, "reference": EVIL, "texts": True, "answers": [answer]}
+    row = {"id": EVIL, "input": EVIL, "scores": {EVIL: 0.5}, "mean": 0.5, "disagreement": 0.0}
+    order = {"report": EVIL, "status": EVIL, "split": EVIL, "progress": {"phase": EVIL}, "error": {"message": EVIL}}
+    report = {"split": EVIL, "tasks": {}, "base_model": EVIL, "gate": EVIL, "winner": {}, "router": {}}
+    part = {"kind": EVIL, "open": 1, "questions": 1, "minutes": 1.0}
+    plan = {"corpora": {EVIL: 1.0}, "adapters": {EVIL: 1.0}, "parts": [part], "open": 1, "questions": 1, "minutes": 1.0}
+    failed = {**example, "answers": [{**answer, "error": EVIL}]}
+    painted = side_by_side(example) + side_by_side(failed) + examples_table([row]) + evaluation_facts(order)
+    assert "<img" not in painted + verdict(EVIL, report) + plan_facts(plan)
+
+
+def test_where_arms_disagree_most_comes_first() -> None:
+    rows = [
+        {"id": str(i), "mean": mean, "disagreement": d} for i, (mean, d) in enumerate([(0, 0), (0.5, 0.25), (1, 0)])
+    ]
+    assert [row["id"] for row in ordered(rows, "arms disagree most")] == ["1", "0", "2"]
+    assert [row["id"] for row in ordered(rows, "lowest scores first")] == ["0", "1", "2"]
+
+
+def test_a_report_without_texts_still_shows_who_was_right(tmp_path: Path) -> None:
+    facts = {"adapter": None, "answer": "", "latency_ms": 1.0, "prompt_tokens": 1, "completion_tokens": 1, "calls": 1}
+    scores = {"a": (1.0, 1.0), "b": (1.0, 0.0)}
+    rows = [
+        {"task": "t", "id": name, "arm": arm, "score": score, **facts}
+        for name, pair in scores.items()
+        for arm, score in zip(ARMS, pair, strict=True)
+    ]
+    (tmp_path / "outcomes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = list_examples(tmp_path, "t")
+    assert [(row["id"], row["disagreement"]) for row in found] == [("a", 0.0), ("b", 0.25)]
+    assert "1 of 2" in examples_table(found)
+    shown = side_by_side(read_example(tmp_path, "t", "b"))
+    assert "without texts" in shown
+    assert shown.index("✓ right") < shown.index("✗ wrong")
+    with pytest.raises(NotFound):
+        read_example(tmp_path, "t", "c")
+    with pytest.raises(NotFound):
+        list_examples(tmp_path, "u")
 
 
 # --- after a crash ---------------------------------------------------------------------------------------------------

@@ -16,20 +16,10 @@ Questions = Mapping[tuple[str, str], Mapping[str, str]]
 
 def html(report: JSON, outcomes: Sequence[Outcome] = (), questions: Questions | None = None) -> str:
     """The page of a report. Without `questions` it holds no text of the data: ids, scores and pictures alone."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    page = Environment(
-        loader=PackageLoader("hybrid.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("report.html.j2")  # fmt: skip
-    return page.render(
-        report=report,
+    return _render(
+        "report.html.j2",
+        **_pictures(report),
         summary=summary(report),
-        board=_board(report),
-        heat=_heat(report),
-        plots=_plots(report),
-        wins={a: (report.get("wins") or {}).get(a, {}) for a in report["overall"]},
-        calibration=report.get("calibration") or {},
         costs=report.get("costs") or {},
         training=report.get("training") or {},
         records=report.get("records") or {},
@@ -38,6 +28,36 @@ def html(report: JSON, outcomes: Sequence[Outcome] = (), questions: Questions | 
         worst=_worst(report, outcomes, questions),
         texts=questions is not None,
     )
+
+
+def board(report: JSON) -> str:
+    """The tables and pictures of a report alone, for a page of others: everything in it is escaped.
+
+    It goes into an element of the class `hy-board`, and takes the colours of Gradio's theme.
+    """
+    return _render("board.html.j2", **_pictures(report))
+
+
+def _render(template: str, **values: Any) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    templates = Environment(
+        loader=PackageLoader("hybrid.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return templates.get_template(template).render(**values)
+
+
+def _pictures(report: JSON) -> JSON:
+    """What both pages draw."""
+    return {
+        "report": report,
+        "board": _board(report),
+        "heat": _heat(report),
+        "plots": _plots(report),
+        "wins": {a: (report.get("wins") or {}).get(a, {}) for a in report["overall"]},
+        "calibration": report.get("calibration") or {},
+    }
 
 
 def _board(report: JSON) -> list[JSON]:

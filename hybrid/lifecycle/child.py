@@ -1,17 +1,23 @@
-"""A process in the background: of low priority, in a group of its own, tied to our life, giving way to requests."""
+"""A `hybrid` command as a child process, tied to our life.
+
+In the background: of low priority, in a group of its own, giving way to requests. Or beside somebody who waits for it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from hybrid.engine.launch import MARK
+from hybrid.errors import HybridError
 from hybrid.settings import Settings
 from hybrid.training.control import Wanted
 
@@ -68,12 +74,12 @@ async def run_child(
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as words:
         child = await asyncio.create_subprocess_exec(
-            *[sys.executable, "-m", "hybrid.engine.launch", "hybrid.cli", *args],
+            *_command(args),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE if heard else words,
             stderr=words,
             limit=_LINE_BYTES,
-            env={**os.environ, **settings.environment(), MARK: str(os.getpid())},
+            env=_environment(settings),
             start_new_session=True,
         )
     with contextlib.suppress(ProcessLookupError):
@@ -86,6 +92,56 @@ async def run_child(
         minding.cancel()
         _signal(child.pid, signal.SIGKILL)  # the whole group: what it started must not outlive it
         await asyncio.gather(minding, listening, child.wait(), return_exceptions=True)
+
+
+def run_beside(
+    args: Sequence[str], *, settings: Settings, log: Path, told: Callable[[int, int], None], failed: str
+) -> None:
+    """Runs `hybrid ARGS…` to its end for somebody who waits for it. Blocking.
+
+    It belongs to our process group, so that an interrupt reaches it too and it saves a checkpoint, and ends with us.
+    `told` hears `(step, steps)` from the JSON lines of its stdout; its other words go to `log`. Raises HybridError,
+    `failed` with the last of those words.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        log.open("wb") as words,
+        subprocess.Popen(
+            _command(args),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=words,
+            env=_environment(settings),
+        ) as child,
+    ):
+        try:
+            for step, steps in _steps(child.stdout or ()):
+                told(step, steps)
+        except KeyboardInterrupt:
+            child.wait()
+            raise
+    if child.returncode:
+        said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing."]
+        raise HybridError(f"{failed}: {said[-1]} The whole story is in {log}.")
+
+
+def _command(args: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "hybrid.engine.launch", "hybrid.cli", *args]
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    return {**os.environ, **settings.environment(), MARK: str(os.getpid())}
+
+
+def _steps(lines: Iterable[bytes]) -> Iterator[tuple[int, int]]:
+    """(step, steps) of the lines that tell how far a training is."""
+    for line in lines:
+        try:
+            told = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(told, dict) and "step" in told:
+            yield int(told["step"]), int(told.get("steps") or told["step"])
 
 
 async def _listen(words: asyncio.StreamReader | None, heard: Callable[[bytes], None] | None) -> None:

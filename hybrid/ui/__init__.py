@@ -9,6 +9,7 @@ from hybrid.settings import Settings, offline_environment
 from hybrid.ui.chat import Chat
 from hybrid.ui.client import Client
 from hybrid.ui.compare import Compare
+from hybrid.ui.evaluate import Evaluate
 from hybrid.ui.guard import Guard
 from hybrid.ui.house import trouble_line
 from hybrid.ui.jobs import Jobs
@@ -52,7 +53,10 @@ def build_ui(base_url: str | None, settings: Settings) -> Any:
                 corpora = gr.HTML("", apply_default_css=False)
             with gr.Column(scale=2, min_width=300):
                 Train(client, key, started)
-        jobs.watch_tabs(adapters, [chatting, comparing])
+        with gr.Tab("Evaluate", elem_id="hy-eval-tab") as evaluating:
+            evaluate = Evaluate(client, key)
+        jobs.watch_tabs(adapters, [chatting, comparing, evaluating])
+        evaluate.watch_tabs(evaluating, [chatting, comparing, adapters])
         _remember(page, key)
         screen = [line, shelf.table, corpora, jobs.table, shelf.seen, jobs.seen]
         Status(client, screen=screen, key=key, pickers=[chat.model, *compare.models]).poll(page)

@@ -92,6 +92,20 @@ CSS = """
   padding: .28rem .6rem .28rem 0; vertical-align: top; text-align: left; }
 #hy-card .prose th { font-weight: 600; }
 
+.hy-sides { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); gap: .6rem;
+  margin-top: .6rem; }
+.hy-side { border-left-width: 4px; } .hy-side header { display: flex; flex-wrap: wrap; gap: .2rem .6rem; }
+.hy-side small { color: var(--body-text-color-subdued); }
+.hy-text { white-space: pre-wrap; max-height: 16rem; overflow-y: auto; }
+.hy-good { border-left-color: #059669; } .hy-poor { border-left-color: #dc2626; }
+.hy-part { border-left-color: #d97706; }
+.hy-good header b { color: #047857; } .hy-poor header b { color: #b91c1c; } .hy-part header b { color: #b45309; }
+.dark .hy-good header b { color: #34d399; } .dark .hy-poor header b { color: #f87171; }
+.dark .hy-part header b { color: #fbbf24; }
+.hy-board h4 { margin: 1.2rem 0 .2rem; font-weight: 600; }
+.hy-board .note { font-size: .84rem; color: var(--body-text-color-subdued); }
+#hy-example-list .hy-wide { max-height: 36rem; overflow-y: auto; }
+
 #hy-window { height: calc(100vh - 21rem) !important; min-height: 20rem; }
 #hy-window .placeholder-content { padding: 1.5rem; }
 #hy-window .example { border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg); }
