@@ -25,7 +25,7 @@ _UNKNOWN = -1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Taught:
+class NewGate:
     """A gate that was published: its `card`, and why it was not promoted (""; it was)."""
 
     name: str
@@ -49,7 +49,7 @@ def teach(
     name: str = GATE,
     seed: int = 0,
     progress: Progress | None = None,
-) -> Taught:
+) -> NewGate:
     """Teaches a gate and publishes it as the next version of `name`.
 
     It becomes the live one unless it is measured worse than that: on the same outcomes, each gate judged on rows that
@@ -62,7 +62,7 @@ def teach(
     version = publish_learned(home, name, learned, embedder, {**facts, "promoted": not reason, "reason": reason})
     if not reason:
         promote(home, name, version)
-    return Taught(name, version, home.adapters / name / str(version), learned_card(home, name, version), reason)
+    return NewGate(name, version, home.adapters / name / str(version), learned_card(home, name, version), reason)
 
 
 def worse(new: Learned, live: Learned, table: Table, vectors: np.ndarray) -> str:
