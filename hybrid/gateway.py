@@ -33,7 +33,7 @@ from hybrid.errors import BadRequest, HybridError, ModelNotFound, NotFound, NotR
 from hybrid.gate.decide import Decider, new_id
 from hybrid.gate.enrol import Enrolment
 from hybrid.gate.mixing import MIX, Mixer
-from hybrid.gate.published import newest_card
+from hybrid.gate.published import live_version
 from hybrid.journal import Journal
 from hybrid.knowledge.search import Library
 from hybrid.knowledge.shelves import Shelves
@@ -189,7 +189,13 @@ class Gateway:
             versions |= await self.names.versions(member)
         seats = ", ".join(str(seat.arm) for seat in panel.seats)
         decision = dataclasses.replace(
-            routed, arm=arm, confidence=1.0, reason=f"the caller named the model; {seats} propose", chosen_by="caller"
+            routed,
+            arm=arm,
+            confidence=1.0,
+            reason=f"the caller named the model; {seats} propose",
+            chosen_by="caller",
+            fallback=None,
+            vector=None,
         )
         return Plan(decision, versions, panel)
 
@@ -319,7 +325,7 @@ class Gateway:
             "corpora": catalog.corpora(self.library),
             "gate": {
                 "arms": [str(arm) for arm in self.decider.gate.arms()],
-                "version": newest_card(self.settings.rooms).get("version"),
+                "version": live_version(self.settings.rooms),
             },
             "jobs": self.state.jobs(),
             "versions": catalog.versions(),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
+import os
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,12 +15,16 @@ import aiohttp
 import pytest
 import pytest_asyncio
 from adapters_kit import filling
-from server_kit import Running, chat, make_home, running, until
+from server_kit import TOKEN, Running, chat, make_home, running, until
 
 from hybrid.adapters.preflight import read_base
+from hybrid.cli.eval import evaluate
+from hybrid.evaluation.asking import GatewayAsker
+from hybrid.evaluation.tasks import read_task
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
+SPLITS = ("train", "dev", "test")
 QUESTION = "What is the capital of France?"
 TALK = "Tell me about the sea."
 #: what an adapter has learned by heart: the scripted engine answers exactly that message with it
@@ -340,3 +346,36 @@ async def test_streams_have_the_shape_the_client_reads(server: Running, panel: s
 async def test_models_offer_the_panels(server: Running) -> None:
     names = {model.id async for model in await server.client().models.list()}
     assert {"moa", "self_moa", *(f"moa:{panel}" for panel in PANELS)} <= names
+
+
+async def test_an_evaluation_asks_panels_and_knows_a_changed_one(
+    server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYBRID_HOME", str(server.settings.home))
+    monkeypatch.setenv("HYBRID_MODEL", server.settings.model)
+    monkeypatch.setenv("HYBRID_MOA__PANELS", json.dumps(PANELS))
+    where = {"url": server.url, "pid": os.getpid(), "token": TOKEN}
+    server.settings.rooms.server_file.write_text(json.dumps(where))
+    folder, out = tmp_path / "capitals", tmp_path / "out"
+    folder.mkdir()
+    (folder / "task.json").write_text(json.dumps({"name": "capitals", "instruction": "", "metric": "accuracy"}))
+    rows = {split: {"id": split, "input": f"{QUESTION}{'' if split == 'test' else split}"} for split in SPLITS}
+    for split, row in rows.items():
+        (folder / f"{split}.jsonl").write_text(json.dumps({**row, "reference": "Paris", "meta": {}}) + "\n")
+    for _ in range(2):
+        await asyncio.to_thread(evaluate, [str(folder)], out, arms="moa:write,moa:vote,self_moa", json_=True)
+    (task,) = json.loads((out / "report.json").read_text())["tasks"].values()
+    assert task["arms"]["moa:vote"]["score"] == 1
+    assert {arm: facts["calls"] for arm, facts in task["arms"].items()} == {
+        "moa:write": 3,
+        "moa:vote": 3,
+        "self_moa": pytest.approx(4.5, abs=0.5),
+    }
+    offer = await GatewayAsker(server.gateway, "base").offer()
+    changed = {**offer.settings, "moa": {**offer.settings["moa"], "samples": 2}}
+    other = dataclasses.replace(offer, settings=changed)
+    known = read_task(folder)
+    for arm in ("prompt", "auto", "rag:slow"):
+        assert offer.digest(arm, known) == other.digest(arm, known)
+    for arm in ("moa", "moa:vote", "self_moa"):
+        assert offer.digest(arm, known) != other.digest(arm, known)

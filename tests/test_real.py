@@ -195,6 +195,25 @@ def test_a_head_answers_with_a_label(home: Served, client: openai.OpenAI, data: 
     assert sum(right) >= 25  # of 77 labels, from a tenth of the training rows
 
 
+def test_arms_confer(home: Served, client: openai.OpenAI, data: Path) -> None:
+    row = rows(data / "intent_banking77" / "test.jsonl")[0]
+    instruction = json.loads((data / "intent_banking77" / "task.json").read_text())["instruction"]
+    question = f"{instruction}\n\n{row['input']}"
+    for model, count in (("moa", 3), ("self_moa", 4)):
+        answer = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": question}],
+            max_tokens=24,
+            extra_body={"hybrid": {"explain": True}},
+        )
+        drafts = (answer.model_extra or {})["hybrid"]["drafts"]
+        assert len(drafts) == count
+        assert all(draft["text"] and draft["usage"]["completion_tokens"] for draft in drafts)
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens >= sum(draft["usage"]["completion_tokens"] for draft in drafts)
+        assert answer.choices[0].message.content
+
+
 def test_adapter_with_passages(home: Served, client: openai.OpenAI) -> None:
     arm, message = ask(client, "who wrote the song?", model="adapter+rag:voice:facts")
     assert arm == "adapter+rag:voice:facts"

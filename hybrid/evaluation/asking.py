@@ -230,10 +230,9 @@ class ServerAsker:
             status = getattr(error, "status", 500)
             return _failed(error, began, retry_after=2.0 if status in (429, 502, 503, 504) else None)
         why, usage = told["hybrid"], told.get("usage") or {}
-        hidden = sum(bool(d["usage"].get("total_tokens")) for d in why.get("drafts", ()))
         return Heard(
             text=told["choices"][0]["message"]["content"] or "",
-            usage=Usage(usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0), 1 + hidden),
+            usage=Usage(usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0), why["calls"] or 0),
             chosen=why["arm"],
             adapter=why.get("adapter"),
             confidence=why.get("confidence"),

@@ -90,6 +90,7 @@ class Reply:
         decision = self.decision.wire() if self.decision else {}
         return {
             **decision,
+            "calls": self.usage.calls if self.usage else None,
             "passages": [{**_citation(p), "score": round(p.score, 4)} for p in self.passages],
             "drafts": [{"arm": d.arm, "text": d.text, "usage": d.usage.wire(), "note": d.note} for d in self.drafts],
         }

@@ -13,8 +13,9 @@ from hybrid.strategies.panel import Draft
 #: an answer of so many words or fewer is one that others can agree with word for word
 SHORT_WORDS = 12
 
-_MARKED = re.compile(r"(?:\banswer\b(?:\s+is\b)?\s*:?|####)\s*(?P<answer>.+)", re.IGNORECASE)
-_EDGES = re.compile(r"^[\W_]+|[\W_]+$")
+_MARKED = re.compile(r".*(?:\banswer\s*(?:is\b\s*:?|:)|####)\s*(?P<answer>.+)", re.IGNORECASE)
+#: what stands around an answer and is none of it; signs and units are
+_MARKS = " .,;:!?\"'`*_()[]{}“”‘’«»"
 _NUMBER = re.compile(r"(?<=\d),(?=\d{3}\b)")
 
 
@@ -29,7 +30,7 @@ class Chosen:
 def plain(text: str) -> str:
     """An answer as others are compared with it: case folded, blanks collapsed, no marks around it, 1,000 as 1000."""
     folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return _NUMBER.sub("", _EDGES.sub("", folded)) or folded
+    return _NUMBER.sub("", folded.strip(_MARKS)) or folded
 
 
 def final_answer(text: str) -> str:
@@ -71,7 +72,7 @@ def agreed(drafts: Sequence[Draft]) -> Chosen | None:
         return Chosen(best[0], f"{len(best)} of {len(drafts)} agree")
     if len(drafts) > 1 and statistics.median(len(draft.text.split()) for draft in drafts) > SHORT_WORDS:
         return None
-    heaviest = max(range(len(drafts)), key=lambda place: drafts[place].seat.weight)
+    heaviest = max(range(len(drafts)), key=lambda place: (bool(drafts[place].text), drafts[place].seat.weight))
     return Chosen(
         heaviest, "no two agree, and the gate trusts its proposer most" if len(drafts) > 1 else "the only one"
     )
@@ -88,9 +89,12 @@ CHOOSERS: Mapping[str, Callable[[Sequence[Draft]], Chosen | None]] = {
 
 
 def _groups(drafts: Sequence[Draft], key: Callable[[str], str]) -> dict[str, list[int]]:
+    """The places of equal answers, the weightiest first; drafts that say nothing agree on nothing."""
     groups: dict[str, list[int]] = {}
+    silent = not any(draft.text.strip() for draft in drafts)
     for place, draft in enumerate(drafts):
-        groups.setdefault(key(draft.text), []).append(place)
+        if silent or draft.text.strip():
+            groups.setdefault(key(draft.text), []).append(place)
     return {answer: sorted(group, key=lambda place: -drafts[place].seat.weight) for answer, group in groups.items()}
 
 
