@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from hybrid.adapters.kinds import HEAD
 from hybrid.adapters.listing import AdapterVersion
 from hybrid.adapters.store import AdapterStore
 from hybrid.boot import token_counter
-from hybrid.errors import SetupError
 from hybrid.evaluation.advice import Advice, Ahead, Measurements, Trained, markdown
 from hybrid.evaluation.advisor import advise as advised
 from hybrid.evaluation.asking import Asker, Offer
@@ -32,13 +31,12 @@ from hybrid.evaluation.tasks import Learnable, Task, read_split, read_task
 from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.search import Library
 from hybrid.lifecycle.asker import open_asker
-from hybrid.lifecycle.child import run_child
-from hybrid.lifecycle.scratch import Scratch, folder_of, head_recipe, lora_recipe, made, scratch_name
+from hybrid.lifecycle.child import run_beside
+from hybrid.lifecycle.scratch import Scratch, Shop, folder_of, head_recipe, lora_recipe, scratch_name
 from hybrid.models import ModelFiles, materialise
 from hybrid.rooms import check_name, write_json
 from hybrid.settings import Settings, offline_environment
 from hybrid.state import State
-from hybrid.training.control import Wanted
 from hybrid.training.data import Dataset, read_dataset
 from hybrid.training.mixture import assemble
 from hybrid.training.study import predicted
@@ -126,37 +124,18 @@ def _subject(settings: Settings, wish: Wish) -> _Subject:
 
 
 async def _prepare(settings: Settings, subject: _Subject, told: Told) -> None:
-    """Trains and indexes in a process of its own. Raises SetupError with its last words."""
-    scratch = subject.scratch
-    folder = folder_of(settings.rooms, scratch.name)
-    scratch.write(folder / "plan.json")
-    log = folder / "log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.unlink(missing_ok=True)
-
-    async def wanted() -> Wanted:
-        _tell(log, told)
-        return "run"
-
+    """Trains and indexes in a process of its own. Raises HybridError with its last words."""
+    folder = folder_of(settings.rooms, subject.scratch.name)
+    subject.scratch.write(folder / "plan.json")
     told("preparing", 0, 1)
-    code = await run_child(
-        ["advise-prepare", str(folder / "plan.json")], settings=settings, log=log, busy=lambda: False, wanted=wanted
+    await asyncio.to_thread(
+        run_beside,
+        ["advise-prepare", str(folder / "plan.json")],
+        settings=settings,
+        log=folder / "log",
+        told=partial(told, "training"),
+        failed="Training for the advice failed",
     )
-    if code:
-        words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        said = next((line for line in reversed(words) if not line.startswith("{")), "it said nothing")
-        raise SetupError(f"Training for the advice ended with {code}: {said} (all of it: {log}).")
-
-
-def _tell(log: Path, told: Told) -> None:
-    """Passes on the newest line of progress in a log."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:] if log.is_file() else []
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and "step" in row:
-                told("training", int(row["step"]), int(row["steps"]))
-                return
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,10 +148,11 @@ class _Artefacts:
 
 def _artefacts(settings: Settings, subject: _Subject, model: ModelFiles) -> _Artefacts:
     store = AdapterStore(settings.rooms, State(settings.rooms.database), model.sha256)
+    found = materialise(settings.embedder, settings.cache)
+    shop = Shop(store, subject.scratch.name, model, Embedder(found.path, found.name))
     recipe = lora_recipe(settings.rooms, subject.scratch)
-    name, data = subject.scratch.name, assemble([subject.data], recipe)
-    head = made(store, name, head_recipe(), subject.data, model) if subject.scratch.closed else None
-    return _Artefacts(made(store, name, recipe, data, model), head)
+    head = shop.find(head_recipe(), subject.data) if subject.scratch.closed else None
+    return _Artefacts(shop.find(recipe, assemble([subject.data], recipe)), head)
 
 
 # --- asking --------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from hybrid.adapters.store import AdapterStore
 from hybrid.errors import BadRequest
 from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.search import Library
+from hybrid.lifecycle.reuse import made
 from hybrid.models import ModelFiles, materialise
 from hybrid.rooms import Home, write_json
 from hybrid.settings import Settings
@@ -86,16 +87,19 @@ def prepare(settings: Settings, scratch: Scratch, progress: Progress) -> None:
     bench.lora()
 
 
-def made(store: AdapterStore, name: str, recipe: Recipe, data: Dataset, base: ModelFiles) -> AdapterVersion | None:
-    """The newest version that the same recipe made of the same data for the same base; heads need no base."""
-    for version in reversed(store.versions(name)):
-        card = version.card
-        same = card.get("recipe") == recipe.model_dump(mode="json")
-        rows = (card.get("data", {}).get("train_sha256"), card.get("metrics", {}).get("dev_sha256"))
-        fits = version.kind == HEAD or card.get("base_sha256") == base.sha256
-        if same and fits and rows == (data.train_sha256, data.dev_sha256) and version.state != "retired":
-            return version
-    return None
+@dataclass(frozen=True, slots=True)
+class Shop:
+    """Where a task's scratch versions are kept, and what they stand on."""
+
+    store: AdapterStore
+    name: str
+    model: ModelFiles
+    embedder: Embedder
+
+    def find(self, recipe: Recipe, data: Dataset) -> AdapterVersion | None:
+        """The newest version that this recipe made of these rows, the dev rows among them: its curve is theirs."""
+        versions = made(self.store, self.name, recipe, lambda: data, self.model, self.embedder)
+        return next((v for v in versions if v.card.get("metrics", {}).get("dev_sha256") == data.dev_sha256), None)
 
 
 def lora_recipe(home: Home, scratch: Scratch) -> Recipe:
@@ -133,11 +137,12 @@ class _Bench:
         self.embedder = embedder
         self._settings, self._scratch, self._model, self._progress = settings, scratch, model, progress
         self._store = AdapterStore(settings.rooms, State(settings.rooms.database), model.sha256)
+        self._shop = Shop(self._store, scratch.name, model, embedder)
         self._data = read_dataset(Path(scratch.folder))
 
     def head(self) -> None:
         """Fits the head, and takes it through its checks: no engine loads it."""
-        if made(self._store, self._scratch.name, head_recipe(), self._data, self._model):
+        if self._shop.find(head_recipe(), self._data):
             return
         self._train({"method": HEAD}, self._progress)
         version = self._store.versions(self._scratch.name)[-1]
@@ -149,7 +154,7 @@ class _Bench:
         recipe = lora_recipe(self._settings.rooms, self._scratch)
         if not recipe.max_steps:
             recipe = self._planned(recipe)
-        if made(self._store, self._scratch.name, recipe, self._data, self._model):
+        if self._shop.find(recipe, self._data):
             return
         self._train({**self._scratch.overrides, "max_steps": recipe.max_steps}, self._progress, growth=True)
 

@@ -7,23 +7,20 @@ run that was stopped in the middle of an adapter goes on from that adapter's new
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hybrid.adapters.listing import AdapterVersion
 from hybrid.adapters.store import AdapterStore
-from hybrid.engine.launch import MARK
-from hybrid.errors import HybridError
 from hybrid.evaluation.suite import Subject, Suite, folder_of
 from hybrid.evaluation.tasks import CORPUS, Task, read_task
 from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.search import Library
+from hybrid.lifecycle.child import run_beside
+from hybrid.lifecycle.reuse import made
 from hybrid.models import ModelFiles
 from hybrid.rooms import check_name
 from hybrid.settings import Settings
@@ -88,7 +85,12 @@ def missing_corpora(suite: Suite, found: Sequence[Subject], settings: Settings, 
 
 def missing(found: Sequence[Order], store: AdapterStore, model: ModelFiles, embedder: Embedder) -> list[Order]:
     """The orders that no version in the store is the answer to."""
-    return [order for order in found if not any(_answers(v, order, model, embedder) for v in _like(order, store))]
+    return [order for order in found if not _made(order, store, model, embedder)]
+
+
+def _made(order: Order, store: AdapterStore, model: ModelFiles, embedder: Embedder) -> bool:
+    versions = made(store, order.name, order.recipe, order.data, model, embedder)
+    return any(version.state != "rejected" for version in versions)
 
 
 def prepare(
@@ -109,7 +111,15 @@ def prepare(
         _index(task, settings, library, tell)
     todo = missing(orders(suite, settings), store, model, library.embedder)
     for number, order in enumerate(todo, 1):
-        _train(order, settings, f"{order.name}, {order.recipe.method} ({number} of {len(todo)})", tell)
+        title = f"training {order.name}, {order.recipe.method} ({number} of {len(todo)})"
+        tell(title, 0, 1)
+        run_beside(
+            order.arguments(),
+            settings=settings,
+            log=settings.rooms.logs / f"suite-{order.name}.log",
+            told=partial(tell, title),
+            failed=f"{order.name} could not be trained for the suite",
+        )
     return [order.name for order in todo]
 
 
@@ -140,22 +150,6 @@ def _passage_tokens(task: Task, count: Callable[[str], int], dice: random.Random
     return sum(map(count, texts)) / max(1, len(texts))
 
 
-def _like(order: Order, store: AdapterStore) -> Iterator[AdapterVersion]:
-    """The versions of the same name and recipe that serve, newest first."""
-    recipe = order.recipe.model_dump(mode="json")
-    for version in reversed(store.versions(order.name)):
-        if version.state not in ("rejected", "retired") and version.card.get("recipe") == recipe:
-            yield version
-
-
-def _answers(version: AdapterVersion, order: Order, model: ModelFiles, embedder: Embedder) -> bool:
-    """Whether a version was made of the order's rows, on this base, or of this embedder's features."""
-    card = version.card
-    rests_on = card.get("embedder") == embedder.digest if not card.get("base_sha256") else None
-    same_base = card.get("base_sha256") == model.sha256 if rests_on is None else rests_on
-    return same_base and card.get("data", {}).get("train_sha256") == order.data().train_sha256
-
-
 def _mark(settings: Settings, task: Task) -> Path:
     """A file that lies there while a corpus is indexed for a suite."""
     return settings.rooms.hidden / "suites" / f"{task.name}.indexing"
@@ -167,36 +161,3 @@ def _index(task: Task, settings: Settings, library: Library, tell: Told) -> None
     mark.touch()
     library.ingest(task.name, task.folder, lambda _step, done, total: tell(f"indexing {task.name}", done, total))
     mark.unlink()
-
-
-def _train(order: Order, settings: Settings, title: str, tell: Told) -> None:
-    """Trains in a process that ends with ours. An interrupt reaches it too, and it saves a checkpoint first."""
-    log = settings.rooms.logs / f"suite-{order.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    env = {**os.environ, **settings.environment(), MARK: str(os.getpid())}
-    argv = [sys.executable, "-m", "hybrid.engine.launch", "hybrid.cli", *order.arguments()]
-    tell(f"training {title}", 0, 1)
-    with (
-        log.open("wb") as words,
-        subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=words, env=env) as child,
-    ):
-        try:
-            for step, steps in _steps(child.stdout or ()):
-                tell(f"training {title}", step, steps)
-        except KeyboardInterrupt:
-            child.wait()
-            raise
-    if child.returncode:
-        said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
-        raise HybridError(f"{order.name} could not be trained for the suite: {said[-1]} The whole story is in {log}.")
-
-
-def _steps(lines: Any) -> Iterator[tuple[int, int]]:
-    """(step, steps) of the lines that tell how far a training is."""
-    for line in lines:
-        try:
-            told = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(told, dict) and "step" in told:
-            yield int(told["step"]), int(told.get("steps") or told["step"])
