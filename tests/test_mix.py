@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,26 @@ import pytest
 from adapters_kit import filling, make_adapter, make_base
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jobs_kit import make_trainable_home
 from safetensors.numpy import load_file, save_file
-from server_kit import Running, chat, make_home, running, until
+from server_kit import TOKEN, Running, chat, make_home, running, until
 from tiny_model import make_tiny_model
 from training_kit import write_colours
+from typer.testing import CliRunner
 
 from hybrid.adapters.listing import AdapterVersion
 from hybrid.adapters.mix import concatenated, parse_weights, quantised, read_factors, write_factors
 from hybrid.adapters.preflight import BaseFacts, check, read_base
 from hybrid.adapters.store import AdapterStore
+from hybrid.cli import app
 from hybrid.errors import BadRequest
 from hybrid.gate.sparse import balanced, load_balance, top_k_softmax
+from hybrid.knowledge.examples import Shelf
 from hybrid.models import ModelFiles
-from hybrid.rooms import Home
+from hybrid.rooms import Home, write_json
 from hybrid.state import State
 from hybrid.training.merge import Merge, merge
+from hybrid.types import Arm
 
 KINDS = ("q_proj", "v_proj", "down_proj")
 
@@ -390,3 +396,69 @@ def test_a_merge_that_cannot_be_is_refused_in_words(tiny: Any, order: dict[str, 
     with pytest.raises(BadRequest, match=words):
         merge(Merge(**{"name": "never", "weights": {"a": 1.0, "b": 1.0}} | order), store=store, model=model, max_rank=8)
     assert not store.versions("never")
+
+
+TOPICS = {
+    "flowers": ["when do I water the roses", "which soil do tulips like", "how do I prune a lilac", "plant the bulbs"],
+    "ships": ["when does the ferry leave", "which harbour has a dock", "how do I moor a boat", "raise the anchor"],
+}
+
+
+async def publish_topic(server: Running, name: str) -> None:
+    """An adapter with examples, so that the gate learns of it."""
+    base, embedder = read_base(Path(server.settings.model)), server.gateway.library.embedder
+    texts = tuple(f"{text} {more}" for text in TOPICS[name] for more in ("today", "please", "in May", "again"))
+
+    def fill(folder: Path) -> dict[str, Any]:
+        vectors = embedder.embed(list(texts))
+        Shelf(name, texts, texts, vectors, vectors, embedder=embedder.digest).write(folder)
+        return filling(base, seed=len(name))(folder)
+
+    version = await asyncio.to_thread(server.gateway.store.publish, name, fill)
+    await server.gateway.loader.load_now(version.id)
+
+
+async def test_mix_without_weights_takes_those_of_the_gate(tmp_path: Path) -> None:
+    gate = {"deadline_ms": 60_000, "mix_balance": 0.1}
+    async with running(make_home(tmp_path, gate=gate)) as server:
+        for name in TOPICS:
+            await publish_topic(server, name)
+        await until(lambda: {f"adapter:{name}" for name in TOPICS} <= set(map(str, server.gateway.decider.gate.arms())))
+        both = "water the roses on the ferry before it leaves the harbour"
+        answers = []
+        for text in (TOPICS["flowers"][0], TOPICS["ships"][0], both):
+            status, body, headers = await server.post("/v1/chat/completions", chat(text, model="mix"))
+            assert status == 200, body
+            answers.append(Arm.parse(headers["x-hybrid-selected-arm"]))
+            version = f"{headers['x-hybrid-selected-adapter']}@{headers['x-hybrid-selected-version']}"
+            mixed = server.gateway.store.resolve(version).card.get("mix", {version: 1})
+            weights = parse_weights(answers[-1].args[0]) if answers[-1].strategy == "mix" else {answers[-1].args[0]: 1}
+            assert mixed == {f"{name}@1": weight for name, weight in sorted(weights.items())}
+        assert answers[0].adapters[0] == "flowers"
+        assert set(answers[2].adapters) == set(TOPICS)
+        for _ in range(16):  # a slight balance leaves a clear choice alone
+            _, told, _ = await server.post("/v1/route", chat(TOPICS["flowers"][0], model="mix"))
+            assert Arm.parse(told["decision"]["arm"]).adapters[0] == "flowers"
+        hybrid = {"arms": ["adapter:ships"]}
+        _, told, _ = await server.post("/v1/route", chat(TOPICS["flowers"][0], model="mix", hybrid=hybrid))
+        assert told["decision"]["arm"] == "adapter:ships"
+        assert not {str(arm) for arm in server.gateway.decider.gate.arms()} & {"mix", "adapter:mix"}
+
+
+async def test_a_merge_by_command_answers_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = make_trainable_home(tmp_path)
+    for name, value in home.environment().items():
+        monkeypatch.setenv(name, value)
+    async with running(home) as server:
+        where = {"url": server.url, "pid": os.getpid(), "token": TOKEN}
+        write_json(home.rooms.server_file, where)
+        await publish(server, "a", 1)
+        await publish(server, "b", 2)
+        command = ["adapters", "merge", "a=0.7", "b=0.3", "--name", "both", "--method", "ties", "--json"]
+        done = await asyncio.to_thread(CliRunner().invoke, app, command, catch_exceptions=False)
+        told = json.loads(done.stdout.splitlines()[-1])
+        assert (told["adapter"], told["version"], told["promoted"]) == ("both", 1, True)
+        assert told["merge"]["members"] == {"a@1": 0.7, "b@1": 0.3}
+        assert told["merge"]["relative_error"] > 0
+        assert await selected(server, "both") == "both@1"
+        assert "both" in {model["id"] for model in (await server.get("/v1/models"))[1]["data"]}

@@ -15,6 +15,10 @@ import openai
 import pytest
 from conftest import Served
 
+from hybrid.adapters.canary import TOLERANCE, TOLERANCE_OF_EFFECT
+from hybrid.models import materialise
+from hybrid.settings import DEFAULT_MODEL, Settings
+
 pytestmark = pytest.mark.vllm
 
 PASSAGES = 1200
@@ -218,3 +222,52 @@ def test_adapter_with_passages(home: Served, client: openai.OpenAI) -> None:
     arm, message = ask(client, "who wrote the song?", model="adapter+rag:voice:facts")
     assert arm == "adapter+rag:voice:facts"
     assert message.content is not None
+
+
+def test_a_mix_answers_as_peft_computes_it(home: Served, client: openai.OpenAI) -> None:
+    """The engine's log-probabilities with `mix:` lie as near PEFT's with both adapters as rounding allows."""
+    import torch
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, weights = "mix:bank=0.7,voice=0.3", (0.7, 0.3)
+    raw = client.chat.completions.with_raw_response.create(
+        model=model, messages=[{"role": "user", "content": "where is my card?"}], max_tokens=8
+    )
+    assert raw.headers["x-hybrid-selected-arm"] == model
+    assert raw.parse().choices[0].message.content
+    version = f"{raw.headers['x-hybrid-selected-adapter']}@{raw.headers['x-hybrid-selected-version']}"
+    assert json.loads(home.hybrid("adapters", "show", version, "--json").stdout)["card"]["mix"] == {
+        "bank@1": 0.7, "voice@1": 0.3,
+    }  # fmt: skip
+
+    files = materialise(DEFAULT_MODEL, Settings.load().cache)
+    tokenizer = AutoTokenizer.from_pretrained(files.path)
+    base = AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.bfloat16)
+    folders = [home.home / "adapters" / name / "1" for name in ("bank", "voice")]
+    peft = PeftModel.from_pretrained(base, str(folders[0]), adapter_name="0")
+    peft.load_adapter(str(folders[1]), adapter_name="1")
+    peft.base_model.set_adapter(["0", "1"])
+    for layer in peft.modules():
+        if isinstance(layer, LoraLayer):
+            layer.scaling.update({name: scale * weights[int(name)] for name, scale in layer.scaling.items()})
+    text = "Customer: My parcel has not arrived and I would like my money back.\nAgent: I am sorry to hear that."
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+
+    def by_peft() -> torch.Tensor:
+        with torch.no_grad():
+            logits = peft.to(torch.bfloat16).eval()(ids).logits[0, :-1].float()
+        return logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+
+    with peft.disable_adapter():
+        plain = by_peft()
+    theirs = by_peft()
+    ours = torch.tensor(
+        client.completions.create(
+            model=model, prompt=ids[0].tolist(), max_tokens=1, temperature=0, logprobs=0, echo=True
+        ).choices[0].logprobs.token_logprobs[1 : ids.shape[1]]  # type: ignore[union-attr,index,arg-type]
+    )  # fmt: skip
+    effect = float((theirs - plain).abs().mean())
+    assert float((ours - theirs).abs().mean()) <= max(TOLERANCE, TOLERANCE_OF_EFFECT * effect)
+    assert effect > TOLERANCE, "the adapters do too little for this to show anything"

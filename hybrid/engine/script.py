@@ -154,7 +154,7 @@ def _recorded(card: Path) -> dict[str, tuple[float, ...]]:
     """The recording on the card of an adapter that was really trained: the card tells its recipe."""
     told = json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}
     canary = told.get("canary")
-    if "recipe" not in told or not isinstance(canary, dict):
+    if not told.keys() & {"recipe", "merge"} or not isinstance(canary, dict):
         return {}
     return {str(canary["prompt"]): tuple(float(value) for value in canary["logprobs"])}
 
