@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from hybrid.gate.calibrate import Conformal, Isotonic, calibration_error
 from hybrid.gate.features import Numbers, Vectors
-from hybrid.gate.learned import KINDS, Learned, Trust
-from hybrid.gate.memory import AROUND, Places
+from hybrid.gate.learned import KINDS, Learned, Trust, trusted
+from hybrid.gate.memory import Places
 from hybrid.gate.outcomes import Lessons, Table
 from hybrid.gate.routed import chosen, front, judge, paired
 from hybrid.gate.study import FOLDS, Study
@@ -126,7 +126,7 @@ def _winner(table: Table, trials: Sequence[Trial]) -> Trial:
 def _trial(study: Study, kind: str) -> Trial:
     found: tuple[float, float, float, Numbers] | None = None
     for setting, estimates in KINDS[kind].trials(study):
-        raw = _bounded(study, estimates)
+        raw = _trusted(study, estimates, Trust(1.0))
         advantage, error = _confirmed(study, raw)
         if found is None or error < found[0]:
             found = error, setting, advantage, raw
@@ -135,17 +135,6 @@ def _trial(study: Study, kind: str) -> Trial:
     trust = _trust(study, raw, advantage)
     score = _trusted(study, raw, trust)
     return Trial(kind, setting, trust, score, _taken(study.table, score))
-
-
-def _bounded(study: Study, raw: Numbers) -> Numbers:
-    """Each fold's scores within what the other folds measured."""
-    out = raw.copy()
-    near = study.asked.near
-    for fitted, tried in study.splits:
-        group = study.memory.group[near.rows[tried, :AROUND]]
-        votes = np.isfinite(near.similarity[tried, :AROUND])
-        out[tried] = study.means(fitted).bounded(raw[tried], group, votes)
-    return out
 
 
 def _confirmed(study: Study, raw: Numbers) -> tuple[float, float]:
@@ -186,9 +175,11 @@ def _score(study: Study, raw: Numbers, trust: Trust) -> float:
 
 
 def _trusted(study: Study, raw: Numbers, trust: Trust) -> Numbers:
+    """Scores for the rows held out, each fold's by what the other folds measured."""
     out = np.empty_like(raw)
     for fitted, tried in study.splits:
-        out[tried] = trust(raw[tried], study.means(fitted).arm)
+        near = study.asked.near.part(tried)
+        out[tried] = trusted(raw[tried], near, study.memory, study.means(fitted), trust)
     return out
 
 

@@ -153,7 +153,7 @@ class Learned:
 
 
 def trusted(raw: Numbers, near: Near, memory: Memory, means: GroupMeans, trust: Trust) -> Numbers:
-    """Raw scores [n, arms] as far as they are believed: within what was measured near by, and by `trust`."""
-    around = near.rows[:, :AROUND]
-    votes = np.isfinite(near.similarity[:, :AROUND])
-    return trust(means.bounded(raw, memory.group[around], votes), means.arm)
+    """Raw scores [n, arms] as far as they are believed: by `trust`, and within what was measured near by."""
+    group, votes = memory.group[near.rows[:, :AROUND]], np.isfinite(near.similarity[:, :AROUND])
+    believed = trust(means.bounded(raw, group, votes), means.arm)
+    return means.bounded(believed, group, votes)
