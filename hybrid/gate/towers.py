@@ -23,7 +23,7 @@ from hybrid.gate.study import Asked, Study, Tensors, fill
 from hybrid.types import Arm
 
 #: after how many steps of training the towers are tried
-STEPS = (80, 240, 720)
+STEPS = (40, 120, 360)
 _BATCH, _HIDDEN, _WIDTH = 256, 64, 32
 _RATE, _DECAY, _DROPOUT = 3e-3, 3e-2, 0.1
 _STRATEGIES = ("prompt", "few_shot", "rag", "adapter", "adapter+rag", "mix", "moa", "self_moa", "head")
