@@ -267,6 +267,20 @@ async def test_R1_a_client_that_leaves_stops_every_proposer(server: Running, str
     assert (await server.engine_log())["started"] == before["started"] + 3
 
 
+async def test_R1_a_client_that_leaves_in_the_second_layer_stops_it(server: Running) -> None:
+    before = await server.engine_log()
+
+    async def second_layer() -> bool:
+        log = await server.engine_log()
+        return (log["started"], log["finished"]) == (before["started"] + 4, before["finished"] + 2)
+
+    asked = asyncio.create_task(ask(server, "moa:layers", "@tokens 60 @delay 20ms"))
+    await until(second_layer)
+    asked.cancel()
+    await stopped(server, before["aborted"] + 2)
+    assert (await server.engine_log())["started"] == before["started"] + 4
+
+
 async def test_R1_a_client_that_leaves_the_final_answer_stops_it(server: Running) -> None:
     before = await server.engine_log()
     body = chat("@tokens 900 @delay 10ms", model="moa:write", max_tokens=40, stream=True)
