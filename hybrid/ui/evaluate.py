@@ -56,8 +56,8 @@ class Evaluate:
         self.split = gr.Radio(["dev", "test"], value="dev", label="Split")
         self.held = gr.HTML("", apply_default_css=False)
         with gr.Row():
-            self.limit = gr.Textbox("20", label="Examples of each task", max_length=8, min_width=120)
-            self.name = gr.Textbox(label="Report's name", placeholder="the suite and the split", max_length=80)
+            self.limit = gr.Textbox("20", label="Examples a task", max_length=8, min_width=120)
+            self.name = gr.Textbox(label="Report", placeholder="suite-split", max_length=80, min_width=120)
         with gr.Row(elem_classes="hy-verbs"):
             self.plan = gr.Button("Plan", size="sm", min_width=90)
             self.run = gr.Button("Run", variant="primary", size="sm", min_width=90)
@@ -76,9 +76,8 @@ class Evaluate:
             return await self._opened(key_of(request, key), shown or "")
 
         outputs = [self.what, self.arms, self.reports.report, self.reports.fresh, self.said, self.in_sight]
-        tab.select(open_, [self._key, self.reports.report], outputs, **quiet).then(
-            self._look, self._known, self._screen
-        )
+        opened = tab.select(open_, [self._key, self.reports.report], outputs, **quiet)
+        self.reports.follow(opened.then(self._look, self._known, self._screen, **quiet))
         for other in others:
             other.select(lambda: (False, gr.Timer(active=False)), None, [self.in_sight, self.timer], **quiet)
 
@@ -122,7 +121,7 @@ class Evaluate:
 
         self._look = look
         looking: JSON = {"fn": look, "inputs": self._known, "outputs": self._screen, **quiet}
-        self.timer.tick(trigger_mode="once", **looking)
+        self.reports.follow(self.timer.tick(trigger_mode="once", **looking))
         self.split.change(lambda split: HELD_OUT if split == "test" else "", [self.split], [self.held], **quiet)
         shown: JSON = {"show_progress": "minimal", "show_progress_on": [self.said]}
         self.plan.click(plan, order, [self.said], api_name="plan", **shown)
@@ -193,7 +192,7 @@ def order_body(what: str | None, arms: Sequence[str] | None, split: str, limit: 
     if not asked:
         raise BadRequest("Choose a suite or a task first.", param="suite")
     if most and not (most.isascii() and most.isdigit()):
-        raise BadRequest("Examples of each task is a whole number; empty takes the suite's, or all.", param="limit")
+        raise BadRequest("Examples a task is a whole number; empty takes the suite's, or all.", param="limit")
     return {
         **({"tasks": [asked]} if "/" in asked else {"suite": asked}),
         "arms": list(arms or []),

@@ -18,7 +18,8 @@ EMPTY = (
 
 
 class Reports:
-    """The section, wired. Whoever changes `fresh` has the report of that name read again."""
+    """The section, wired. What sets `fresh` (a name, and any new number) and is then given to `follow` has that report
+    read again."""
 
     def __init__(self, client: Client, key: Any) -> None:
         import gradio as gr
@@ -26,6 +27,7 @@ class Reports:
         self._client, self._key = client, key
         self._drawing = asyncio.Lock()  # matplotlib's settings are one for all threads
         self.fresh = gr.State(("", 0))
+        self.shown = gr.State(("", 0))
         self.examples = gr.State(())
         self.report = gr.Dropdown([], label="Report", allow_custom_value=True, elem_id="hy-report")
         self.verdict = gr.HTML(EMPTY, apply_default_css=False)
@@ -48,10 +50,16 @@ class Reports:
         lists = [self.examples, self.list, self.sides]
 
         async def read(request: gr.Request, name: str | None, key: str) -> list[Any]:
-            return await self._read(key_of(request, key), name or "")
+            return (await self._read(key_of(request, key), name or ""))[1]
 
-        async def again(request: gr.Request, fresh: tuple[str, int], key: str) -> list[Any]:
-            return await self._read(key_of(request, key), fresh[0])
+        async def again(
+            request: gr.Request, fresh: tuple[str, int], shown: tuple[str, int], order: str, key: str
+        ) -> list[Any]:
+            if fresh == shown:
+                return [gr.skip()] * 8
+            who = key_of(request, key)
+            task, told = await self._read(who, fresh[0])
+            return [fresh, *told, *await self._look(who, fresh[0], task, order)]
 
         async def look(request: gr.Request, name: str | None, task: str | None, order: str, key: str) -> list[Any]:
             return await self._look(key_of(request, key), name or "", task or "", order)
@@ -72,7 +80,10 @@ class Reports:
             read, [self.report, self._key], screen,
             show_progress="minimal", show_progress_on=[self.verdict], api_name="report",
         ).then(**looking)  # fmt: skip
-        self.fresh.change(again, [self.fresh, self._key], screen, **quiet).then(**looking)
+        self._again: JSON = {
+            "fn": again, "inputs": [self.fresh, self.shown, self.order, self._key],
+            "outputs": [self.shown, *screen, *lists], **quiet,
+        }  # fmt: skip
         self.task.input(
             look, looking["inputs"], lists, show_progress="minimal", show_progress_on=[self.sides], api_name="examples"
         )
@@ -81,16 +92,20 @@ class Reports:
         )
         self.list.select(pick, [self.report, self.task, self._key], [self.sides], **quiet)
 
+    def follow(self, event: Any) -> None:
+        """Reads the report of `fresh` after an event that may have set it."""
+        event.then(**self._again)
+
     async def choices(self, key: str) -> list[tuple[str, str]]:
         """The entries of the list of reports, newest first. Raises HybridError."""
         return [(report_label(row), str(row["name"])) for row in await self._client.reports(key)]
 
-    async def _read(self, key: str, name: str) -> list[Any]:
-        """What a report says, and the tasks whose examples can be looked at."""
+    async def _read(self, key: str, name: str) -> tuple[str, list[Any]]:
+        """The first task whose examples can be looked at, and what a report says."""
         import gradio as gr
 
         if not name:
-            return [EMPTY, "", gr.Column(visible=False), gr.skip()]
+            return "", [EMPTY, "", gr.Column(visible=False), gr.skip()]
         try:
             report = await self._client.report(key, name)
             async with self._drawing:
@@ -98,11 +113,12 @@ class Reports:
             tasks = list(report["tasks"])
             shown = [verdict(name, report), f'<div class="hy-board">{drawn}</div>']
         except HybridError as error:
-            return [refused(error.message), "", gr.Column(visible=False), gr.skip()]
+            return "", [refused(error.message), "", gr.Column(visible=False), gr.skip()]
         except (KeyError, TypeError, ValueError):
             wrong = refused(f"{name} is no report that this version can draw; `hybrid eval` writes it again.")
-            return [wrong, "", gr.Column(visible=False), gr.skip()]
-        return [*shown, gr.Column(visible=bool(tasks)), gr.Dropdown(tasks, value=tasks[0] if tasks else None)]
+            return "", [wrong, "", gr.Column(visible=False), gr.skip()]
+        first = tasks[0] if tasks else ""
+        return first, [*shown, gr.Column(visible=bool(tasks)), gr.Dropdown(tasks, value=first or None)]
 
     async def _look(self, key: str, name: str, task: str, order: str) -> list[Any]:
         """The examples of a task, and the answers to the first."""

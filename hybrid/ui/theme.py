@@ -92,6 +92,7 @@ CSS = """
   padding: .28rem .6rem .28rem 0; vertical-align: top; text-align: left; }
 #hy-card .prose th { font-weight: 600; }
 
+.hy-panel a { color: var(--color-accent); text-decoration: underline; }
 .hy-sides { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); gap: .6rem;
   margin-top: .6rem; }
 .hy-side { border-left-width: 4px; } .hy-side header { display: flex; flex-wrap: wrap; gap: .2rem .6rem; }
