@@ -105,6 +105,7 @@ CSS = """
 .dark .hy-part header b { color: #fbbf24; }
 .hy-board h4 { margin: 1.2rem 0 .2rem; font-weight: 600; }
 .hy-board .note { font-size: .84rem; color: var(--body-text-color-subdued); }
+#hy-example-list td + td { white-space: nowrap; }
 #hy-example-list .hy-wide { max-height: 36rem; overflow-y: auto; }
 
 #hy-window { height: calc(100vh - 21rem) !important; min-height: 20rem; }
