@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 from pathlib import Path
@@ -22,12 +21,12 @@ from gate_kit import (
     GateHome,
 )
 
-from hybrid.errors import BadRequest, Forbidden, Refused
+from hybrid.errors import BadRequest, Forbidden
 from hybrid.gate.features import Vectors
+from hybrid.gate.kept import fingerprint, keep, kept
 from hybrid.gate.lexicon import Lexicon, bare_input, look
 from hybrid.gate.model import DEFAULT, Gate, Scores, Weights
 from hybrid.gate.policy import Policy
-from hybrid.gate.published import fingerprint, load_gate, newest_card, publish_gate, versions
 from hybrid.gate.train import pseudo_questions, train_gate
 from hybrid.knowledge.embed import Embedder
 from hybrid.models import materialise
@@ -291,44 +290,39 @@ def test_cost_decides_between_arms_that_score_alike() -> None:
     assert choose({PROMPT: 0.61, RAG: 0.39}, Knobs(quality_cost=0.5)).arm == PROMPT
 
 
-# --- published gates -------------------------------------------------------------------------------------------------
+# --- what is kept for the next start ----------------------------------------------------------------------------------
+
+ARMS = [(Arm("adapter", ("a",)), "a@1-abc"), (Arm("rag", ("docs",)), "4")]
 
 
-def test_a_published_gate_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_fitted_weights_come_back_as_they_were(tmp_path: Path) -> None:
     home = Home(tmp_path)
-    assert load_gate(home, "e5") is None
-    assert publish_gate(home, DEFAULT, "e5") == 1
-    changed = Weights({kind: weights + 1 for kind, weights in DEFAULT.by_kind.items()})
-    assert publish_gate(home, changed, "e5", {"arms": ["adapter:a"]}) == 2
-    assert versions(home) == [1, 2]
-    newest, first = load_gate(home, "e5"), load_gate(home, "e5", 1)
-    assert newest is not None
-    assert first is not None
-    assert all(np.allclose(newest.by_kind[k], first.by_kind[k] + 1) for k in first.by_kind)
+    name = fingerprint(ARMS, "e5")
+    assert kept(home, name) is None
+    changed = Weights({kind: w + 0.25 for kind, w in DEFAULT.by_kind.items()})
+    keep(home, name, changed)
+    found = kept(home, name)
+    assert found is not None
+    assert {kind: w.tolist() for kind, w in found.by_kind.items()} == {
+        kind: w.tolist() for kind, w in changed.by_kind.items()
+    }
 
 
-@pytest.mark.parametrize("harm", ["embedder", "columns", "weights", "missing", "version"])
-def test_a_gate_that_does_not_fit_is_refused(tmp_path: Path, harm: str) -> None:
-    home = Home(tmp_path)
-    publish_gate(home, DEFAULT, "e5")
-    folder = tmp_path / "adapters" / "gate" / "1"
-    card = json.loads((folder / "card.json").read_text())
-    if harm == "columns":
-        card["columns"]["messages"].reverse()
-        (folder / "card.json").write_text(json.dumps(card))
-    if harm == "weights":
-        file = folder / "gate.safetensors"
-        file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
-    if harm == "missing":
-        (folder / "gate.safetensors").unlink()
-    with pytest.raises(Refused, match="gate@"):
-        load_gate(home, "other" if harm == "embedder" else "e5", 7 if harm == "version" else None)
+def test_weights_belong_to_the_very_arms_and_embedder_they_were_fitted_to() -> None:
+    assert fingerprint(ARMS, "e5") == fingerprint(reversed(ARMS), "e5")
+    assert fingerprint([ARMS[0], (ARMS[1][0], "5")], "e5") != fingerprint(ARMS, "e5")
+    assert fingerprint(ARMS, "other") != fingerprint(ARMS, "e5")
 
 
-def test_a_gate_belongs_to_the_very_arms_it_was_fitted_to(tmp_path: Path) -> None:
-    home = Home(tmp_path)
-    arms = [(Arm("adapter", ("a",)), "a@1-abc"), (Arm("rag", ("docs",)), "4")]
-    assert newest_card(home) == {}
-    publish_gate(home, DEFAULT, "e5", {"enrolled": fingerprint(arms)})
-    assert newest_card(home)["enrolled"] == fingerprint(reversed(arms))
-    assert fingerprint([arms[0], (arms[1][0], "5")]) != fingerprint(arms)
+@pytest.mark.parametrize("harm", ["torn", "shape", "nan"])
+def test_kept_weights_that_cannot_be_used_are_none(tmp_path: Path, harm: str) -> None:
+    home, by_kind = Home(tmp_path), dict(DEFAULT.by_kind)
+    if harm == "shape":
+        by_kind["general"] = np.zeros(7)
+    if harm == "nan":
+        by_kind["general"] = np.full(2, np.nan)
+    keep(home, "x", Weights(by_kind))
+    if harm == "torn":
+        path = next(home.hidden.rglob("x.safetensors"))
+        path.write_bytes(path.read_bytes()[:-3])
+    assert kept(home, "x") is None

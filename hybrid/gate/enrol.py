@@ -1,4 +1,5 @@
-"""Keeps the gate's arms equal to what the home offers: live adapters, corpora, and always `prompt`.
+"""Keeps the gate's arms equal to what the home offers: live adapters, corpora, always `prompt`, and every other arm
+that the live taught gate knows and the home can serve.
 
 A new adapter or corpus is routable the moment it is published, because it brings its own examples or passages and the
 weights are shared by all arms of a kind. The weights are then fitted again to the new set, in a second or two.
@@ -6,19 +7,26 @@ weights are shared by all arms of a kind. The weights are then fitted again to t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from hybrid.adapters.listing import AdapterVersion
 from hybrid.adapters.store import AdapterStore
-from hybrid.errors import HybridError, Refused
+from hybrid.errors import HybridError, ModelNotFound
 from hybrid.gate.features import Vectors
 from hybrid.gate.general import general_lines, general_vectors, outside_lines, outside_vectors
+from hybrid.gate.kept import fingerprint, keep, kept
+from hybrid.gate.learned import Learned
 from hybrid.gate.model import Gate, Weights
-from hybrid.gate.published import fingerprint, load_gate, newest_card, publish_gate
+from hybrid.gate.published import live_version, load_learned
+from hybrid.gate.taught import Taught, task_owner
 from hybrid.gate.train import train_gate
 from hybrid.knowledge.search import Library
 from hybrid.knowledge.shelves import Shelves
@@ -55,16 +63,21 @@ class Enrolment:
         self._cache = cache
         self._measured = measured
         self._seen: dict[Arm, str] = {}
+        self._learned: Learned | None = None
+        self._version: int | None = None
         self._lock = threading.Lock()
 
     def refresh(self) -> None:
         """Enrols what is new or changed and forgets what is gone. Blocking; cheap when nothing changed."""
         with self._lock:
-            wanted = {**self._adapters(), **self._corpora()}
+            adapters = self._adapters()
+            taught = self._taught(adapters)
+            wanted = {**adapters, **self._corpora(), **self._tasks()}
             changed = {arm: (mark, enrol) for arm, (mark, enrol) in wanted.items() if self._seen.get(arm) != mark}
             gone = [arm for arm in self._seen if arm not in wanted]
             if changed or gone:
                 self._apply(changed, gone)
+            self.gate.taught = taught
             self.warm = True
 
     def _apply(self, changed: Mapping[Arm, tuple[str, Callable[[], object]]], gone: list[Arm]) -> None:
@@ -88,37 +101,91 @@ class Enrolment:
         self.generation += 1
 
     def _fitted(self) -> Weights:
-        """The weights for what is enrolled: those published for the very same arms, or new ones, published too."""
+        """The weights for what is enrolled: those kept for the very same arms, or new ones, kept too."""
         embedder = self._library.embedder
-        enrolled = fingerprint(self._seen.items())
+        name = fingerprint(self._seen.items(), embedder.digest)
+        known = kept(self._home, name)
+        if known is None:
+            known = train_gate(self.gate.bank, embedder.embed)
+            if self._seen:
+                keep(self._home, name, known)
+        return known
+
+    # --- what outcomes taught ----------------------------------------------------------------------------------------
+
+    def _taught(self, adapters: Mapping[Arm, object]) -> Taught | None:
+        """The live taught gate, as far as its arms are on offer now; None where there is none that can be used."""
+        version = live_version(self._home)
+        if version != self._version:
+            self._version, self._learned = version, self._load(version)
+        if self._learned is None:
+            return None
+        groups = self._learned.memory.groups
+        at_home = {arm for arm in adapters if self._task_of(arm) in groups}
+        at_home |= {Arm("rag", (name,)) for name in self._library.names() if name in groups}
+        return Taught.of(self._learned, frozenset(self._offered()), frozenset(at_home), version or 0)
+
+    def _load(self, version: int | None) -> Learned | None:
         try:
-            known = load_gate(self._home, embedder.digest)
-            if known is not None and newest_card(self._home).get("enrolled") == enrolled:
-                return known
-        except Refused as refusal:
-            log.warning("%s", refusal.message)
-        weights = train_gate(self.gate.bank, embedder.embed)
-        if self._seen:
-            facts = {"enrolled": enrolled, "arms": sorted(map(str, self._seen))}
-            publish_gate(self._home, weights, embedder.digest, facts)
-        return weights
+            found = load_learned(self._home, version=version, embedder=self._library.embedder.digest)
+        except HybridError as error:
+            log.warning("the gate is not used: %s", error.message)
+            return None
+        return found[0] if found else None
+
+    def _offered(self) -> Iterator[Arm]:
+        """Every arm that the gate may choose if outcomes speak for it. What was measured worse is left out."""
+        corpora = self._library.names()
+        yield from (Arm("rag", (name,)) for name in corpora)
+        yield from (Arm("few_shot", (name,)) for name in self._shelves.names())
+        for name in self._live():
+            yield Arm("adapter", (name,))
+            yield from (Arm("adapter+rag", (name, corpus)) for corpus in corpora)
+        for name in self._store.names():
+            with contextlib.suppress(ModelNotFound):
+                yield Arm("head", (self._store.head(name).name,))
+        yield from (Arm("self_moa"), Arm("moa"))
+
+    def _tasks(self) -> dict[Arm, tuple[str, Callable[[], object]]]:
+        """The measured tasks that no live adapter stands for, each known by the requests that were measured."""
+        if self._learned is None:
+            return {}
+        own = {self._task_of(arm) for arm in self._adapters()}
+        return {
+            task_owner(group): (f"gate@{self._version}", partial(self._enrol_task, self._learned, place, group))
+            for place, group in enumerate(self._learned.memory.groups)
+            if group and group not in own
+        }
+
+    def _enrol_task(self, learned: Learned, place: int, group: str) -> None:
+        rows = np.flatnonzero(learned.memory.group == place)
+        self.gate.enrol_task(group, [learned.memory.texts[i] for i in rows], learned.memory.vectors[rows])
+
+    def _task_of(self, arm: Arm) -> str:
+        """The task that an adapter was trained on, as its card tells."""
+        name = arm.args[0]
+        live = self._store.alias(name)
+        card = self._store.resolve(f"{name}@{live}").card if live is not None else {}
+        return str(card.get("task") or name)
+
+    # --- what brings its own material --------------------------------------------------------------------------------
 
     def _adapters(self) -> dict[Arm, tuple[str, Callable[[], object]]]:
         """Every live adapter that brought examples and was not measured worse than arms without training."""
-        measured = self._measured()
         out: dict[Arm, tuple[str, Callable[[], object]]] = {}
-        for name in self._store.names():
-            live = self._store.alias(name)
-            if live is None:
-                continue
-            version = self._store.resolve(f"{name}@{live}")
-            if measured.get(version.id, {}).get("reason"):
-                continue
+        for name, version in self._live().items():
             if (version.ref.path / "examples.safetensors").exists():
                 corpus = version.card.get("corpus")
                 arm = Arm("adapter+rag", (name, corpus)) if corpus else Arm("adapter", (name,))
                 out[arm] = (version.ref.engine_name, partial(self._enrol_adapter, name, corpus))
         return out
+
+    def _live(self) -> dict[str, AdapterVersion]:
+        """What the alias of every adapter means, those that were measured worse than arms without training aside."""
+        measured = self._measured()
+        named = {name: self._store.alias(name) for name in self._store.names()}
+        found = {name: self._store.resolve(f"{name}@{live}") for name, live in named.items() if live is not None}
+        return {name: v for name, v in found.items() if not measured.get(v.id, {}).get("reason")}
 
     def _enrol_adapter(self, name: str, corpus: str | None) -> None:
         shelf = self._shelves.get(name)

@@ -1,9 +1,6 @@
-"""Published gates: `adapters/<name>/<n>/` holds `gate.safetensors` and `card.json`.
+"""Gates that outcomes taught: `adapters/<name>/<n>/` holds `gate.safetensors` and `card.json`, whose `kind` is "gate".
 
-There are two kinds of version. One holds the weights that the arms' own material gave (`adapters/gate/` alone; they
-are fitted again whenever the set of arms changes). The other was taught by outcomes, and its card's `kind` is "gate";
-`live.json` beside the versions says which of those answers under the bare name, and which did before. The newest
-version of the first kind and the live one of the second make the gate that serves.
+`live.json` beside the versions says which of them answers under the bare name, and which did before.
 """
 
 from __future__ import annotations
@@ -11,106 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 from filelock import FileLock
 
 from hybrid.adapters.listing import GATE_WEIGHTS, numbers_in
 from hybrid.errors import Conflict, NotFound, Refused
-from hybrid.gate.features import COLUMNS
 from hybrid.gate.learned import Learned
-from hybrid.gate.model import Weights
 from hybrid.rooms import CARD, Home, check_name, publish, sha256_file, write_json
-from hybrid.types import JSON, Arm
+from hybrid.types import JSON
 
 #: the name whose taught gate serves
 GATE = "gate"
 _FILE = GATE_WEIGHTS
 _LIVE = "live.json"
-
-
-def publish_gate(home: Home, weights: Weights, embedder: str, facts: dict[str, Any] | None = None) -> int:
-    """Publishes weights as the next version and returns its number. `embedder` is the digest they were fitted with.
-
-    `facts` go on the card: what it was trained on, what was measured.
-    """
-    from safetensors.numpy import save_file
-
-    with _numbered(home, GATE) as version, publish(home.adapters / GATE / str(version)) as staging:
-        save_file({name: np.ascontiguousarray(w) for name, w in weights.by_kind.items()}, staging / _FILE)
-        card = {
-            "name": "gate",
-            "version": version,
-            "created": int(time.time()),
-            "embedder": embedder,
-            "columns": {name: list(columns) for name, columns in COLUMNS.items()},
-            "sha256": sha256_file(staging / _FILE),
-        }
-        write_json(staging / CARD, {**(facts or {}), **card})
-    return version
-
-
-def versions(home: Home) -> list[int]:
-    """The published versions that hold weights, oldest first; those that outcomes taught are not among them."""
-    return [number for number, card in _cards(home, GATE).items() if card.get("kind") != GATE]
-
-
-def newest_card(home: Home) -> dict[str, Any]:
-    """The card of the newest version that holds weights; empty where there is none or it cannot be read."""
-    known = versions(home)
-    return _cards(home, GATE)[known[-1]] if known else {}
-
-
-def fingerprint(enrolled: Iterable[tuple[Arm, str]]) -> str:
-    """What a set of enrolled arms is called: equal where every arm's material is the same."""
-    text = json.dumps(sorted((str(arm), mark) for arm, mark in enrolled))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def load_gate(home: Home, embedder: str, version: int | None = None) -> Weights | None:
-    """The weights of a version, or of the newest; None where none is published.
-
-    Raises Refused when the file was changed, or was fitted to other features or another embedder.
-    """
-    from safetensors.numpy import load_file
-
-    known = versions(home)
-    if version is None and not known:
-        return None
-    number = known[-1] if version is None else version
-    folder = home.adapters / GATE / str(number)
-    if number not in known:
-        raise Refused(f"gate@{number} is not published; known versions: {known}.", param="gate")
-    try:
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        problem = _problem(card, sha256_file(folder / _FILE), embedder)
-        weights = {} if problem else load_file(folder / _FILE)
-    except (OSError, ValueError) as error:
-        raise Refused(f"gate@{number} cannot be read ({error}); train a new one.", param="gate") from error
-    shapes = {name: w.shape for name, w in weights.items()}
-    if not problem and shapes != {name: (len(columns),) for name, columns in COLUMNS.items()}:
-        problem = "its weights have other shapes than its features"
-    if not problem and not all(np.isfinite(w).all() for w in weights.values()):
-        problem = "it holds numbers that are not finite"
-    if problem:
-        raise Refused(f"gate@{number} is refused: {problem}. Train a new one.", param="gate")
-    return Weights({name: w.astype(np.float64) for name, w in weights.items()})
-
-
-def _problem(card: dict[str, Any], sha256: str, embedder: str) -> str:
-    if card.get("sha256") != sha256:
-        return "its weights are not those that were published"
-    if card.get("columns") != {name: list(columns) for name, columns in COLUMNS.items()}:
-        return "it was trained on other features than this version computes"
-    if card.get("embedder") != embedder:
-        return "it was trained with another embedder"
-    return ""
-
-
-# --- gates that outcomes taught --------------------------------------------------------------------------------------
 
 
 def publish_learned(home: Home, name: str, learned: Learned, embedder: str, facts: JSON) -> int:

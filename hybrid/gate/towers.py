@@ -26,7 +26,7 @@ from hybrid.types import Arm
 STEPS = (40, 120, 360)
 _BATCH, _HIDDEN, _WIDTH = 256, 64, 32
 _RATE, _DECAY, _DROPOUT = 3e-3, 3e-2, 0.1
-_STRATEGIES = ("prompt", "few_shot", "rag", "adapter", "adapter+rag", "mix", "moa", "self_moa", "head")
+_KINDS_OF_ARM = ("prompt", "few_shot", "rag", "adapter", "adapter+rag", "mix", "moa", "self_moa", "head")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -90,7 +90,7 @@ def describe(arms: Sequence[str], score: Numbers, cost: Numbers) -> Numbers:
         known = seen[~np.isnan(seen)]
         mean = (known.sum() + overall) / (len(known) + 1)
         dear = math.log((paid + 1e-12) / (typical + 1e-12)) / 4 if paid == paid and typical == typical else 0.0
-        rows.append([*(float(_strategy(name) == s) for s in _STRATEGIES), 4 * (mean - overall), dear, 1.0])
+        rows.append([*(float(_strategy(name) == s) for s in _KINDS_OF_ARM), 4 * (mean - overall), dear, 1.0])
     return np.array(rows, dtype=np.float64)
 
 
