@@ -1,8 +1,8 @@
 """The sentence embedder: unit vectors for passages by the thousand and for one query at a time.
 
 A Sentence-BERT (Reimers & Gurevych 2019, arXiv 1908.10084) in bfloat16 where the processor computes with it, which
-leaves the vectors as they are (cosine to float32 above 0.999) and is three times as fast. The library's own `encode`
-is left aside: it sorts and pads by the batch and spends as long around the model as a short query spends in it.
+leaves the vectors as they are: their cosine to float32 is above 0.9999, so the digest of an embedder names no number
+format. The library reads the folder and pools; its `encode` is left aside, and a plain BERT computes through `bert.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,18 +23,36 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid.errors import SetupError
+from hybrid.knowledge.bert import STEP, Bert, precision
 from hybrid.rooms import sha256_file
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Vectors = npt.NDArray[np.float32]
 Encoding = list[int]
 
 #: tokens in one batch, padding included: enough to fill the cores, small enough to stay in their caches
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 QUERY_CACHE = 4096
+_NO_LIMIT = 1 << 20
 CORES = os.cpu_count() or 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What a sentence-transformers folder comes to: `hidden` makes token vectors, `after` pools them.
+
+    `limit` is the most tokens of a text that are read; `tokenizer` is a description of one, not one.
+    """
+
+    dim: int
+    limit: int
+    pad: int
+    tokenizer: str
+    hidden: Callable[[Tensor, Tensor], Tensor]
+    after: Sequence[Any]
 
 
 class Embedder:
@@ -43,7 +62,7 @@ class Embedder:
         self.path = path
         self.name = name
         self._loading = threading.Lock()
-        self._loaded: Any = None
+        self._loaded: _Model | None = None
         self._threads = 0  # what the rest of the process computes with
         self._pool = ThreadPoolExecutor(CORES, "embed")
         self._cached_query = lru_cache(QUERY_CACHE)(self._embed_query)
@@ -51,7 +70,7 @@ class Embedder:
     @property
     def dim(self) -> int:
         """The length of a vector."""
-        return int(self._model.get_embedding_dimension())
+        return self._model.dim
 
     @cached_property
     def digest(self) -> str:
@@ -98,17 +117,17 @@ class Embedder:
 
     @cached_property
     def _reader(self) -> Any:
-        return self._tokenizer(self._model.max_seq_length)
+        return self._tokenizer(self._model.limit)
 
     def _tokenizer(self, limit: int | None) -> Any:
         """The model's tokenizer without padding, cut at `limit`: one copy a purpose.
 
-        The model's own keeps its last cut as state, so a count after an encoding would call every long text short,
-        and threads would change it under one another.
+        A tokenizer keeps its last cut as state, so a count after an encoding would call every long text short, and
+        threads would change it under one another.
         """
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_str(self._model.tokenizer.backend_tokenizer.to_str())
+        tokenizer = Tokenizer.from_str(self._model.tokenizer)
         tokenizer.no_padding()
         tokenizer.no_truncation()
         if limit is not None:
@@ -129,9 +148,9 @@ class Embedder:
 
         model = self._model
         with torch.inference_mode(), self._one_thread():
-            features = model[0](_padded(encodings, model.tokenizer.pad_token_id or 0))
-            features["token_embeddings"] = features["token_embeddings"].float()
-            for module in list(model)[1:]:
+            ids, mask = _padded(encodings, model.pad, model.limit)
+            features = {"token_embeddings": model.hidden(ids, mask), "attention_mask": mask}
+            for module in model.after:
                 features = module(features)
             pooled: Tensor = torch.nn.functional.normalize(features["sentence_embedding"].float(), dim=1)
             return pooled.numpy()
@@ -150,7 +169,7 @@ class Embedder:
             torch.set_num_threads(self._threads)
 
     @property
-    def _model(self) -> Any:
+    def _model(self) -> _Model:
         if self._loaded is None:
             with self._loading:
                 if self._loaded is None:
@@ -161,21 +180,42 @@ class Embedder:
         return self._loaded
 
 
-def _load(path: Path) -> Any:
-    """The SentenceTransformer at `path`. Raises SetupError when it is not one, or its weights are pickles."""
+def _load(path: Path) -> _Model:
+    """The sentence embedder at `path`. Raises SetupError when it is not one, or its weights are pickles."""
     _weights(path)
-    import torch
     from sentence_transformers import SentenceTransformer
 
-    dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
     try:
-        model = SentenceTransformer(str(path), device="cpu", local_files_only=True, model_kwargs={"dtype": dtype})
+        model = SentenceTransformer(str(path), device="cpu", local_files_only=True, model_kwargs={"dtype": "float32"})
     except (OSError, ValueError, KeyError) as error:
         raise SetupError(
             f"{path} cannot be loaded as a sentence embedder: {error}. "
             "Name a sentence-transformers folder in the setting `embedder`."
         ) from error
-    return model.eval()
+    first, *after = model.eval()
+    return _Model(
+        dim=int(model.get_embedding_dimension()),
+        limit=int(model.max_seq_length or _NO_LIMIT),
+        pad=model.tokenizer.pad_token_id or 0,
+        tokenizer=model.tokenizer.backend_tokenizer.to_str(),
+        hidden=_hidden(first, precision()),
+        after=after,
+    )
+
+
+def _hidden(first: Any, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    """What a sentence-transformers model begins with, as a function of token ids and mask; any other than a BERT runs
+    as it is.
+    """
+    if Bert.can_be(first.auto_model):
+        return Bert(first.auto_model, dtype)
+    first.to(dtype)
+
+    def hidden(ids: Tensor, mask: Tensor) -> Tensor:
+        vectors: Tensor = first({"input_ids": ids, "attention_mask": mask})["token_embeddings"]
+        return vectors.float()
+
+    return hidden
 
 
 def _weights(path: Path) -> list[Path]:
@@ -201,14 +241,14 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         start += size
 
 
-def _padded(encodings: Sequence[Encoding], pad: int) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, int64 [n, longest]."""
+def _padded(encodings: Sequence[Encoding], pad: int, limit: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, int64 [n, longest], the longest rounded up to a step within the limit."""
     import torch
 
     longest = max(len(e) for e in encodings)
-    ids = torch.full((len(encodings), longest), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
+    shape = len(encodings), min(-(-longest // STEP) * STEP, limit)
+    ids, mask = np.full(shape, pad, np.int64), np.zeros(shape, np.int64)
     for row, encoding in enumerate(encodings):
-        ids[row, : len(encoding)] = torch.tensor(encoding)
+        ids[row, : len(encoding)] = encoding
         mask[row, : len(encoding)] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+    return torch.from_numpy(ids), torch.from_numpy(mask)

@@ -1,0 +1,174 @@
+"""BERT's encoder (Devlin et al. 2019, arXiv 1810.04805) as plain tensors, for a processor that has little time.
+
+A short query spends more time around the products of a framework's BERT than in them. Here a layer is nine calls;
+its weights lie in the order in which the processor's kernels read them (packed once, not at every product), and
+attention is written out, because torch's fused kernel is half as fast with heads as narrow as a small embedder's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+#: padded lengths are multiples: a kernel is made for a shape, which takes longer than a query
+STEP = 8
+
+Product = Callable[..., "Tensor"]
+Norm = Callable[["Tensor"], "Tensor"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One block: attention and a feed-forward net, each added to its input and normed."""
+
+    qkv: Product
+    out: Product
+    normed: Norm
+    wide: Product
+    narrow: Product
+    normed_again: Norm
+
+
+class Bert:
+    """The encoder of a transformers `BertModel`, computing in `dtype`; embeddings, norms and softmax in float32."""
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        state = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
+        config = model.config
+        norm = _norms(state, config.layer_norm_eps)
+        self._dtype = dtype
+        self._heads: int = config.num_attention_heads
+        self._words = state["embeddings.word_embeddings.weight"]
+        # every text is a first segment
+        kinds = state["embeddings.token_type_embeddings.weight"]
+        self._places = state["embeddings.position_embeddings.weight"] + kinds[0]
+        self._normed = norm("embeddings.LayerNorm")
+        self._layers = [
+            _layer(state, f"encoder.layer.{i}", self._heads, norm, dtype) for i in range(config.num_hidden_layers)
+        ]
+
+    @staticmethod
+    def can_be(model: Any) -> bool:
+        """Whether a transformers model is the plain BERT that this computes."""
+        config = model.config
+        return (
+            type(model).__name__ == "BertModel"
+            and config.hidden_act == "gelu"
+            and not config.is_decoder
+            and getattr(config, "position_embedding_type", "absolute") == "absolute"
+        )
+
+    def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The last hidden states, float32 [n, length, width], of int64 `ids` and `mask` [n, length]."""
+        import torch
+
+        n, length = ids.shape
+        x = self._normed(torch.nn.functional.embedding(ids, self._words) + self._places[:length])
+        x = x.to(self._dtype).view(n * length, -1)
+        # what is padded gets no attention
+        hidden = (1 - mask).float().mul_(torch.finfo(torch.float32).min)[:, None, None, :]
+        for layer in self._layers:
+            x = layer.normed(layer.out(self._attend(layer.qkv(x), hidden), add=x))
+            x = layer.normed_again(layer.narrow(layer.wide(x), add=x))
+        return x.view(n, length, -1).float()
+
+    def _attend(self, qkv: Tensor, hidden: Tensor) -> Tensor:
+        """Attention of all heads, [rows, width] from their queries, keys and values side by side."""
+        import torch
+
+        n, length = len(hidden), hidden.shape[-1]
+        parts = qkv.view(n, length, 3, self._heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = parts.reshape(3, n * self._heads, length, -1)
+        scores = torch.bmm(q, k.transpose(1, 2)).view(n, self._heads, length, length).float()
+        weights = torch.softmax(scores.add_(hidden), -1).to(qkv.dtype)
+        mixed = torch.bmm(weights.view(-1, length, length), v).view(n, self._heads, length, -1)
+        return mixed.transpose(1, 2).reshape(n * length, -1)
+
+
+def _layer(state: Mapping[str, Tensor], name: str, heads: int, norm: Callable[[str], Norm], dtype: Any) -> _Layer:
+    def product(*parts: str, gelu: bool = False, scale: Sequence[float] = (1.0,)) -> Product:
+        import torch
+
+        pairs = [(state[f"{name}.{part}.weight"], state[f"{name}.{part}.bias"]) for part in parts]
+        weight = torch.cat([w * s for (w, _), s in zip(pairs, scale, strict=True)])
+        bias = torch.cat([b * s for (_, b), s in zip(pairs, scale, strict=True)])
+        return _product(weight.to(dtype), bias.to(dtype), gelu)
+
+    own = "attention.self"
+    width = len(state[f"{name}.{own}.query.bias"]) // heads
+    return _Layer(
+        # queries are scaled here once, not their scores every time
+        qkv=product(f"{own}.query", f"{own}.key", f"{own}.value", scale=(1 / math.sqrt(width), 1.0, 1.0)),
+        out=product("attention.output.dense"),
+        normed=norm(f"{name}.attention.output.LayerNorm"),
+        wide=product("intermediate.dense", gelu=True),
+        narrow=product("output.dense"),
+        normed_again=norm(f"{name}.output.LayerNorm"),
+    )
+
+
+def _norms(state: Mapping[str, Tensor], eps: float) -> Callable[[str], Norm]:
+    import torch
+
+    def norm(name: str) -> Norm:
+        weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
+        return lambda x: torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps)
+
+    return norm
+
+
+def precision() -> torch.dtype:
+    """What this processor computes fastest in without harm: bfloat16 where its kernels have it, else float32."""
+    import torch
+
+    if onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def onednn() -> bool:
+    """Whether this torch was built with oneDNN, and it is not switched off."""
+    import torch
+
+    backend: Any = torch.backends.mkldnn
+    return bool(backend.is_available() and backend.enabled)
+
+
+def _product(weight: Tensor, bias: Tensor, gelu: bool) -> Product:
+    """`x @ weight.T + bias`, with GELU after it, or `add` added."""
+    return _packed(weight, bias, gelu) if onednn() else _plain(weight, bias, gelu)
+
+
+def _packed(weight: Tensor, bias: Tensor, gelu: bool) -> Product:
+    import torch
+
+    ops: Any = torch.ops.mkldnn
+    packed = ops._reorder_linear_weight(weight)
+    after = "gelu" if gelu else "none"
+
+    def product(x: Tensor, add: Tensor | None = None) -> Tensor:
+        if add is None:
+            done: Tensor = ops._linear_pointwise(x, packed, bias, after, [], "none")
+        else:
+            done = ops._linear_pointwise.binary(x, add, packed, bias, "add")
+        return done
+
+    return product
+
+
+def _plain(weight: Tensor, bias: Tensor, gelu: bool) -> Product:
+    import torch
+
+    def product(x: Tensor, add: Tensor | None = None) -> Tensor:
+        done = torch.nn.functional.linear(x, weight, bias)
+        if gelu:
+            done = torch.nn.functional.gelu(done)
+        return done if add is None else done + add
+
+    return product
