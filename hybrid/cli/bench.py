@@ -61,6 +61,24 @@ def routing(
         _show(run, json_)
 
 
+@app.command("gate", help=BENCHMARKS["gate"].description)
+def gate(
+    on: Annotated[Path, typer.Option("--on", metavar="REPORT_DIR", help="a report of a test split, with its texts")],
+    gate_: Annotated[
+        str | None, typer.Option("--gate", metavar="NAME[@V]", help="a taught gate (default: the live one)")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON, with a picture beside it")] = None,
+    json_: Json = False,
+) -> None:
+    """Needs no server and no engine: every arm was measured before, in this home."""
+    settings = Settings.load()
+    offline_environment()
+    with bar() as progress:
+        embedding = materialise(settings.embedder, settings.cache, progress)
+        run = BENCHMARKS["gate"].measure(settings, on, embedding=embedding, gate=gate_, out=out, progress=progress)
+        _show(run, json_)
+
+
 @app.command("hotload", help=BENCHMARKS["hotload"].description)
 def hotload(
     adapter: Annotated[

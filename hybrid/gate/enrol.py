@@ -42,6 +42,7 @@ class Enrolment:
 
     `warm` is set once the first comparison is done: until then no request should be routed. `measured` gives the
     records of versions that were measured; one with a `reason` not to be used is not enrolled.
+    `pinned` is a version of the taught gate to use in place of the live one.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Enrolment:
         library: Library,
         cache: Path,
         measured: Callable[[], Mapping[str, Mapping[str, Any]]] = dict,
+        pinned: int | None = None,
     ) -> None:
         self.gate = Gate()
         self.warm = False
@@ -62,6 +64,7 @@ class Enrolment:
         self._library = library
         self._cache = cache
         self._measured = measured
+        self._pinned = pinned
         self._seen: dict[Arm, str] = {}
         self._learned: Learned | None = None
         self._version: int | None = None
@@ -115,7 +118,7 @@ class Enrolment:
 
     def _taught(self, adapters: Mapping[Arm, object]) -> Taught | None:
         """The live taught gate, as far as its arms are on offer now; None where there is none that can be used."""
-        version = live_version(self._home)
+        version = live_version(self._home) if self._pinned is None else self._pinned
         if version != self._version:
             self._version, self._learned = version, self._load(version)
         if self._learned is None:
