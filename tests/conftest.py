@@ -11,8 +11,17 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from tiny_model import make_tiny_model
+
+from hybrid.knowledge.embed import Embedder
+from hybrid.models import ModelFiles, materialise
+from hybrid.settings import DEFAULT_EMBEDDER, Settings
+
+if TYPE_CHECKING:
+    from objectives_kit import House
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,6 +33,46 @@ def data() -> Path:
     folder = Path(os.environ.get("HYBRID_DATA") or ROOT.parent / "shared" / "data").resolve()
     assert folder.is_dir(), f"{folder} is missing: set HYBRID_DATA to the folder of task folders"
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    """A base model that is trained in seconds."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def embedder() -> Embedder:
+    """The embedder that is served."""
+    model = materialise(DEFAULT_EMBEDDER, Settings.load().cache)
+    return Embedder(model.path, model.name)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """A model so small that threads only wait for one another."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def house(tmp_path: Path, tiny: ModelFiles, embedder: Embedder) -> House:
+    """A home in which the tiny model is trained."""
+    from objectives_kit import House  # torch, which most tests do without
+
+    return House(tmp_path / "home", tiny, embedder)
+
+
+@pytest.fixture
+def bank(data: Path, tmp_path: Path) -> Path:
+    """A few rows of a real task with labels."""
+    from objectives_kit import sample
+
+    return sample(data, "intent_banking77", tmp_path / "bank")
 
 
 @dataclass

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from server_kit import Running, make_home, running, until
-from tiny_model import make_tiny_model
 
 from hybrid.adapters.heads import CLASSES, HEAD_WEIGHTS, Head, bare, read_head
 from hybrid.adapters.store import AdapterStore
@@ -51,11 +50,6 @@ def write_task(folder: Path, train: list[dict[str, Any]], dev: list[dict[str, An
 def the_embedder() -> Embedder:
     files = materialise(DEFAULT_EMBEDDER, Settings.load().cache)
     return Embedder(files.path, files.name)
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
-    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 def fitted(home: Path, task: Path, model: ModelFiles, told: list[dict[str, Any]] | None = None, **recipe: Any) -> Any:

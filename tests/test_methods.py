@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid.adapters.kinds import check_other
@@ -23,7 +21,7 @@ from hybrid.adapters.store import AdapterStore, AdapterVersion
 from hybrid.errors import BadRequest, ModelNotFound
 from hybrid.knowledge.embed import Embedder
 from hybrid.models import ModelFiles, materialise
-from hybrid.settings import DEFAULT_EMBEDDER, Settings
+from hybrid.settings import Settings
 from hybrid.state import State
 from hybrid.training.batches import encode, end_of_turn
 from hybrid.training.data import read_dataset
@@ -51,24 +49,7 @@ TRAINED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads only get in one another's way on a model this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
-    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def embedder() -> Embedder:
-    model = materialise(DEFAULT_EMBEDDER, Settings.load().cache)
-    return Embedder(model.path, model.name)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +260,7 @@ def test_a_method_has_its_own_defaults_and_is_overruled() -> None:
 
 def test_methods_md_is_the_table() -> None:
     page = (ROOT / "docs" / "methods.md").read_text()
-    rows = [line for line in page.splitlines() if re.match(r"\| `\w+` \| (?!for )", line)]
+    rows = [line for line in page.partition("\n## ")[0].splitlines() if line.startswith("| `")]
     assert rows == [
         f"| `{name}` | {row.family} | {row.cost} | {row.use} | {row.makes} | {row.served} |"
         for name, row in METHODS.items()

@@ -1,4 +1,4 @@
-"""Objectives and schedules: each trains on real rows into a published version; its loss is the one of its name."""
+"""Raw text, passages, teachers and schedules: each trains on real rows into a published version."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,283 +15,24 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset as HubDataset
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from objectives_kit import House, choices, padded, rows, sample, write
 from server_kit import chat, running
-from tiny_model import make_tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hybrid.adapters.store import AdapterStore
 from hybrid.errors import BadRequest, DataError, EngineError, Refused
-from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.search import Library
-from hybrid.models import ModelFiles, materialise
-from hybrid.settings import DEFAULT_EMBEDDER, Settings
-from hybrid.state import State
+from hybrid.models import ModelFiles
+from hybrid.settings import Settings
 from hybrid.training.base import forward_of, load_base
-from hybrid.training.batches import Encoded
-from hybrid.training.data import Dataset, digest, read_dataset
+from hybrid.training.data import digest, read_dataset
 from hybrid.training.distill import Taught
 from hybrid.training.formats import Text
-from hybrid.training.job import Job
-from hybrid.training.loop import Watch
-from hybrid.training.lora import adapted
 from hybrid.training.mixture import assemble, mixed, shares
-from hybrid.training.preference import Choice, Preferring, answer_logprobs, choice_packs, referenced
 from hybrid.training.pretrain import pieces
 from hybrid.training.raft import Retriever
 from hybrid.training.recipes import Recipe
-from hybrid.training.reward import Scorer, best_of, scored, scores, with_head
-from hybrid.training.run import TrainResult, train
 
-FAST = {"rank": 4, "alpha": 8, "batch_size": 8, "learning_rate": 1e-2, "precision": "float32", "max_steps": 8}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The model is so small that threads only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
-    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def embedder() -> Embedder:
-    model = materialise(DEFAULT_EMBEDDER, Settings.load().cache)
-    return Embedder(model.path, model.name)
-
-
-class House:
-    """A home with the tiny base, and one verb."""
-
-    def __init__(self, home: Path, tiny: ModelFiles, embedder: Embedder) -> None:
-        retrieval = {"top_k": 2, "passage_budget_tokens": 500}
-        self.settings = Settings.load(home=home, retrieval=retrieval)
-        self.store = AdapterStore(self.settings.rooms, State(self.settings.rooms.database), tiny.sha256)
-        self.tiny, self.embedder, self.told = tiny, embedder, []
-
-    def train(self, source: Path | Sequence[Path], name: str = "new", **overrides: Any) -> TrainResult:
-        result = train(
-            source, settings=self.settings, name=name, overrides={**FAST, **overrides},
-            progress=lambda **told: self.told.append(told), store=self.store, embedder=self.embedder, model=self.tiny,
-        )  # fmt: skip
-        assert result is not None
-        return result
-
-    def job(self, data: Dataset, recipe: Recipe, name: str) -> Job:
-        return Job(data, recipe, self.tiny, Watch(lambda **_: None), self.embedder, self.settings, name)
-
-    def card(self, result: TrainResult) -> dict[str, Any]:
-        return json.loads((result.path / "card.json").read_text())
-
-
-@pytest.fixture
-def house(tmp_path: Path, tiny: ModelFiles, embedder: Embedder) -> House:
-    return House(tmp_path / "home", tiny, embedder)
-
-
-def rows(folder: Path, split: str, count: int) -> list[dict[str, Any]]:
-    with (folder / f"{split}.jsonl").open() as file:
-        return [json.loads(line) for line, _ in zip(file, range(count), strict=False)]
-
-
-def write(folder: Path, **splits: Sequence[dict[str, Any]]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, found in splits.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
-    return folder
-
-
-def sample(data: Path, task: str, folder: Path, train: int = 48, dev: int = 12) -> Path:
-    """A task folder with the first rows of a real one."""
-    write(folder, train=rows(data / task, "train", train), dev=rows(data / task, "dev", dev))
-    about = json.loads((data / task / "task.json").read_text())
-    (folder / "task.json").write_text(json.dumps(about))
-    return folder
-
-
-@pytest.fixture
-def bank(data: Path, tmp_path: Path) -> Path:
-    return sample(data, "intent_banking77", tmp_path / "bank")
-
-
-def preferences(data: Path, folder: Path, train: int = 24, dev: int = 8) -> Path:
-    """Real questions with the right label, and as the worse answer a longer text that is no label."""
-
-    def pairs(split: str, count: int) -> list[dict[str, Any]]:
-        found = rows(data / "intent_banking77", split, count)
-        return [
-            {"id": r["id"], "prompt": r["input"][:60], "chosen": r["reference"], "rejected": f"I do not know, {n}."}
-            for n, r in enumerate(found)
-        ]
-
-    return write(folder, train=pairs("train", train), dev=pairs("dev", dev))
-
-
-def choices(tiny: ModelFiles, count: int = 7) -> list[Choice]:
-    """Pairs of random tokens, some with a common beginning, of different lengths."""
-    dice = torch.Generator().manual_seed(3)
-
-    def tokens(n: int) -> tuple[int, ...]:
-        return tuple(torch.randint(3, 250, (n,), generator=dice).tolist())
-
-    start = tokens(9)
-    made = []
-    for n in range(count):
-        prompt = (start if n % 2 else ()) + tokens(4 + n)
-        made.append(
-            Choice(Encoded(prompt, (*tokens(3 + n), 2)), Encoded(prompt, (*tokens(8 - n), 2)), reference=0.3 * n - 1)
-        )
-    return made
-
-
-def padded(found: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, attention mask) [n, longest], padded on the right."""
-    width = max(map(len, found))
-    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in found])
-    return ids, torch.tensor([[*[1] * len(row), *[0] * (width - len(row))] for row in found])
-
-
-def plain_logprobs(model: Any, found: Sequence[Encoded]) -> torch.Tensor:
-    """Of whole answers, by padded rows and transformers' own attention."""
-    ids, mask = padded([[*row.prompt, *row.answer] for row in found])
-    logprobs = model(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
-    each = logprobs.gather(2, ids[:, 1:, None])[..., 0]
-    return torch.stack([
-        each[n, len(row.prompt) - 1 : len(row.prompt) + len(row.answer) - 1].sum() for n, row in enumerate(found)
-    ])  # fmt: skip
-
-
-# --- preferences ---------------------------------------------------------------------------------------------------
-
-
-def test_a_pair_is_never_parted_and_shares_its_prompt(tiny: ModelFiles) -> None:
-    found = choices(tiny)
-    cut = list(choice_packs(found, limit=60))
-    assert sorted(id(row) for group, _ in cut for row in group) == sorted(map(id, found))
-    assert len(cut) > 1
-    for group, pack in cut:
-        assert pack.rows == 2 * len(group)
-    alone = [(group[0], pack) for group, pack in cut if len(group) == 1]
-    for row, pack in alone:
-        assert pack.prefix_mask.shape[-1] == len(row.chosen.prompt) - 1
-
-
-def test_the_gradient_of_dpo_is_that_of_padded_rows(tiny: ModelFiles) -> None:
-    found = choices(tiny)
-    base, _ = load_base(tiny, "float32")
-    base.requires_grad_(True)
-    objective = Preferring(answer_logprobs(forward_of(base)), beta=0.3)
-    total = objective.backward(found, 1 / len(found))
-    assert total == pytest.approx(objective.total(found) / len(found), rel=1e-5)
-    plain = AutoModelForCausalLM.from_pretrained(tiny.path, dtype=torch.float32)
-    better = plain_logprobs(plain, [row.chosen for row in found])
-    worse = plain_logprobs(plain, [row.rejected for row in found])
-    reference = torch.tensor([row.reference for row in found])
-    loss = -torch.nn.functional.logsigmoid(0.3 * (better - worse - reference)).mean()
-    loss.backward()
-    assert total == pytest.approx(float(loss.detach()), rel=1e-5)
-    ours = dict(base.named_parameters())
-    for name, parameter in plain.named_parameters():
-        torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=1e-3, atol=1e-5)
-
-
-def texts_for_trl() -> HubDataset:
-    """What TRL wants to see before it is given batches."""
-    return HubDataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
-
-
-def test_the_loss_of_dpo_is_trls(tiny: ModelFiles, tmp_path: Path) -> None:
-    from trl import DPOConfig, DPOTrainer
-    from trl.trainer.dpo_trainer import DataCollatorForPreference
-
-    base, tokenizer = load_base(tiny, "float32")
-    ours = adapted(base, Recipe(rank=4, alpha=8), "tiny")
-    rate = answer_logprobs(forward_of(ours))
-    found = referenced(rate, choices(tiny))
-    torch.manual_seed(5)
-    for name, parameter in ours.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    trainer = DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(tiny.path, dtype=torch.float32),
-        args=DPOConfig(output_dir=str(tmp_path), beta=0.2, use_cpu=True, report_to=[], bf16=False),
-        train_dataset=texts_for_trl(),
-        processing_class=tokenizer,
-        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
-    )
-    set_peft_model_state_dict(trainer.model, get_peft_model_state_dict(ours))
-    batch = DataCollatorForPreference(pad_token_id=0)(
-        [
-            {
-                "prompt_ids": list(row.chosen.prompt),
-                "chosen_ids": list(row.chosen.answer),
-                "rejected_ids": list(row.rejected.answer),
-            }
-            for row in found
-        ]
-    )
-    theirs = float(trainer.compute_loss(trainer.model, batch).detach())
-    assert Preferring(rate, 0.2).total(found) / len(found) == pytest.approx(theirs, rel=1e-4)
-    assert theirs != pytest.approx(0.6931, abs=0.01)
-
-
-def test_the_loss_of_a_reward_model_is_trls(tiny: ModelFiles, tmp_path: Path) -> None:
-    from trl import RewardConfig, RewardTrainer
-    from trl.trainer.reward_trainer import DataCollatorForPreference
-
-    base, tokenizer = load_base(tiny, "float32")
-    tokenizer.pad_token = "<|endoftext|>"
-    ours = adapted(base, Recipe(rank=4, alpha=8), "tiny")
-    head = with_head(ours)
-    torch.manual_seed(5)
-    torch.nn.init.normal_(head.weight)
-    found = [scored(row) for row in choices(tiny)]
-    found = [replace(row, reference=0.0) for row in found]
-    theirs = LlamaForSequenceClassification.from_pretrained(
-        tiny.path, num_labels=1, dtype=torch.float32, pad_token_id=0
-    )
-    theirs.score.weight.data.copy_(head.weight.data)
-    trainer = RewardTrainer(
-        model=theirs,
-        args=RewardConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], bf16=False),
-        train_dataset=texts_for_trl(),
-        processing_class=tokenizer,
-    )
-    whole = [{"chosen_ids": list(row.chosen.prompt), "rejected_ids": list(row.rejected.prompt)} for row in found]
-    loss = float(trainer.compute_loss(theirs, DataCollatorForPreference(pad_token_id=0)(whole)).detach())
-    assert Preferring(scores(forward_of(ours))).total(found) / len(found) == pytest.approx(loss, rel=1e-4)
-
-
-def test_dpo_learns_what_is_preferred(data: Path, house: House, tmp_path: Path) -> None:
-    result = house.train(preferences(data, tmp_path / "likes"), method="dpo", epochs=4, max_steps=0)
-    assert result.metrics["dev_preference_accuracy"] == 1
-    assert result.metrics["dev_loss"] < 0.69
-    assert result.metrics["dev_margin"] > 0
-    assert house.card(result)["kind"] == "lora"
-
-
-def test_a_reward_model_tells_the_better_answer(data: Path, house: House, tmp_path: Path, tiny: ModelFiles) -> None:
-    folder = preferences(data, tmp_path / "likes")
-    result = house.train(folder, method="reward", epochs=4, max_steps=0)
-    assert result.metrics["dev_preference_accuracy"] > 0.9
-    scorer = Scorer.open(result.path, tiny, "float32")
-    found = read_dataset(folder).dev_pairs
-    picked = [best_of(scorer, pair.messages, [pair.rejected, pair.chosen, pair.rejected]) for pair in found]
-    assert sum(answer == pair.chosen for answer, pair in zip(picked, found, strict=True)) > 0.9 * len(found)
-
-
-def test_preferences_are_asked_for_by_name(house: House, bank: Path) -> None:
-    with pytest.raises(DataError, match="`chosen` and `rejected`"):
-        house.train(bank, method="dpo")
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # --- raw text ------------------------------------------------------------------------------------------------------
 

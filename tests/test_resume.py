@@ -18,7 +18,6 @@ import pytest
 import torch
 from conftest import hybrid
 from safetensors.torch import load_file
-from tiny_model import make_tiny_model
 from training_kit import two_processes, write_colours
 
 from hybrid.adapters.store import AdapterStore
@@ -33,11 +32,6 @@ from hybrid.training.run import train
 
 SETS = ["rank=4", "alpha=8", "learning_rate=1e-2", "batch_size=8", "precision=float32", "epochs=20", "early_stop=false"]
 ARGUMENTS = [word for pair in SETS for word in ("--set", pair)]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
-    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

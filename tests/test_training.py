@@ -16,7 +16,6 @@ import pytest
 import torch
 from conftest import hybrid
 from peft import PeftModel
-from tiny_model import make_tiny_model
 from training_kit import write_colours
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -43,11 +42,6 @@ from hybrid.training.run import train
 from hybrid.types import Message
 
 FAST = {"epochs": 4, "learning_rate": 2e-2, "rank": 4, "alpha": 8, "batch_size": 8, "precision": "float32"}
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
-    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @cache

@@ -31,7 +31,7 @@ from hybrid.evaluation.tasks import Learnable, Task, read_split, read_task
 from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.search import Library
 from hybrid.lifecycle.asker import open_asker
-from hybrid.lifecycle.child import run_beside
+from hybrid.lifecycle.child import NICE, run_beside
 from hybrid.lifecycle.scratch import Scratch, Shop, folder_of, head_recipe, lora_recipe, scratch_name
 from hybrid.models import ModelFiles, materialise
 from hybrid.rooms import check_name, write_json
@@ -135,6 +135,7 @@ async def _prepare(settings: Settings, subject: _Subject, told: Told) -> None:
         log=folder / "log",
         told=partial(told, "training"),
         failed="Training for the advice failed",
+        nice=NICE,
     )
 
 

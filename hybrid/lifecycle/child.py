@@ -95,13 +95,13 @@ async def run_child(
 
 
 def run_beside(
-    args: Sequence[str], *, settings: Settings, log: Path, told: Callable[[int, int], None], failed: str
+    args: Sequence[str], *, settings: Settings, log: Path, told: Callable[[int, int], None], failed: str, nice: int = 0
 ) -> None:
     """Runs `hybrid ARGS…` to its end for somebody who waits for it. Blocking.
 
     It belongs to our process group, so that an interrupt reaches it too and it saves a checkpoint, and ends with us.
-    `told` hears `(step, steps)` from the JSON lines of its stdout; its other words go to `log`. Raises HybridError,
-    `failed` with the last of those words.
+    `told` hears `(step, steps)` from the JSON lines of its stdout; its other words go to `log`; `nice` is its
+    priority where ours is not lower still. Raises HybridError, `failed` with the last of those words.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -114,6 +114,7 @@ def run_beside(
             env=_environment(settings),
         ) as child,
     ):
+        os.setpriority(os.PRIO_PROCESS, child.pid, max(nice, os.getpriority(os.PRIO_PROCESS, 0)))
         try:
             for step, steps in _steps(child.stdout or ()):
                 told(step, steps)
