@@ -115,7 +115,7 @@ def _check(request: Request) -> None:
 
 def _best(routed: Decision, enrolled: Sequence[Arm]) -> list[Arm]:
     """The arms in the gate's order, the one it would take first; what it does not score comes last."""
-    rest = sorted(enrolled, key=lambda arm: -routed.scores.get(str(arm), -1.0))
+    rest = sorted((arm for arm in enrolled if not arm.confers), key=lambda arm: -routed.scores.get(str(arm), -1.0))
     return list(dict.fromkeys((routed.arm, *rest)))
 
 

@@ -42,7 +42,7 @@ from hybrid.settings import Settings
 from hybrid.state import State
 from hybrid.strategies.bound import Bound
 from hybrid.strategies.panel import Panel
-from hybrid.types import JSON, Arm, Decided, Decision, Event, Failed, Request
+from hybrid.types import JSON, PROMPT, Arm, Decided, Decision, Event, Failed, Request
 
 log = logging.getLogger("hybrid.gateway")
 
@@ -169,6 +169,8 @@ class Gateway:
         arm = self.names.arm(request.model)
         if arm is None:
             decision = await self.decider.decide(request)
+            if decision.arm.confers:
+                return await self._conferring(request, decision.arm, decision)
         elif arm == MIX:
             decision = await self._mixer.decide(request)
         elif arm.confers:
@@ -179,20 +181,23 @@ class Gateway:
         answering = ", ".join(version.id for version in versions.values()) or None
         return Plan(dataclasses.replace(decision, adapter=answering), versions)
 
-    async def _conferring(self, request: Request, arm: Arm) -> Plan:
-        """The plan of an arm that asks others. The gate's view of the request chooses and weighs the members."""
+    async def _conferring(self, request: Request, arm: Arm, chosen: Decision | None = None) -> Plan:
+        """The plan of an arm that asks others. The gate's view of the request chooses and weighs the members;
+        `chosen` is its decision where it chose that others are asked, too."""
         limits = request.knobs if arm.strategy == "self_moa" else dataclasses.replace(request.knobs, arms=None)
-        routed = await self.decider.decide(dataclasses.replace(request, knobs=limits))
-        panel = self._convener.panel(request, arm, routed, self.decider.gate.arms())
+        routed = chosen or await self.decider.decide(dataclasses.replace(request, knobs=limits))
+        panel = self._convener.panel(request, arm, _by_itself(routed), self.decider.gate.arms())
         versions: dict[str, AdapterVersion] = {}
         for member in panel.arms:
             versions |= await self.names.versions(member)
-        seats = ", ".join(str(seat.arm) for seat in panel.seats)
+        seats = f"{', '.join(str(seat.arm) for seat in panel.seats)} propose"
+        if chosen:
+            return Plan(dataclasses.replace(chosen, reason=f"{chosen.reason}; {seats}"), versions, panel)
         decision = dataclasses.replace(
             routed,
             arm=arm,
             confidence=1.0,
-            reason=f"the caller named the model; {seats} propose",
+            reason=f"the caller named the model; {seats}",
             chosen_by="caller",
             fallback=None,
             vector=None,
@@ -347,3 +352,11 @@ class Gateway:
 
 def _instruction(version: AdapterVersion | None) -> str:
     return str(version.card.get("instruction", "")) if version else ""
+
+
+def _by_itself(decision: Decision) -> Decision:
+    """The decision with the best arm that asks no other, where it is for one that does."""
+    if not decision.arm.confers:
+        return decision
+    alone = [arm for arm in map(Arm.parse, decision.scores) if not arm.confers] or [PROMPT]
+    return dataclasses.replace(decision, arm=max(alone, key=lambda arm: decision.scores.get(str(arm), 0.0)))
