@@ -72,6 +72,35 @@ def bench(home: Path, *args: str) -> dict:
     return json.loads(done.stdout)
 
 
+def test_embed_tells_speed_and_recall_beside_the_reference(tmp_path: Path) -> None:
+    source, crops = tmp_path / "farm", ("barley", "cabbage", "clover", "hops", "flax", "rye")
+    source.mkdir()
+    rows = ({"id": f"p{i}", "title": crop, "text": f"Field {i} grows {crop}."} for i, crop in enumerate(crops))
+    (source / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = [
+        {"input": f"Where does {crop} grow?", "meta": {"gold_passages": [f"p{i}"]}} for i, crop in enumerate(crops)
+    ]
+    (source / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    found = bench(tmp_path, "embed", str(source), "--rounds", "2", "--questions", "4")
+    ours, theirs = found["rows"]
+    assert ours["recall@5"] == theirs["recall@5"] == 1
+    assert all(row["passages_per_s"] > 0 and row["question_ms"] > 0 for row in (ours, theirs))
+    told = found["summary"]
+    assert (told["passages"], told["questions"]) == (6, 4)
+    assert told["shared_top_5"] > 0.7
+    assert 0 <= told["cosine_distance"] < 1e-3
+    assert [goal["met"] for goal in found["goals"] if goal["what"].startswith(("largest", "recall"))] == [True, True]
+
+
+def test_embed_asks_passages_where_there_are_no_questions(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    for name in ("wind", "rain", "snow"):
+        (tmp_path / "docs" / f"{name}.txt").write_text(f"A day of {name} is a day at home.")
+    found = bench(tmp_path, "embed", str(tmp_path / "docs"), "--rounds", "1")
+    assert found["summary"]["questions"] == 3
+    assert not any("recall" in key for row in found["rows"] for key in row)
+
+
 def make_task(folder: Path, inputs: list[str]) -> Path:
     folder.mkdir()
     (folder / "task.json").write_text(

@@ -79,6 +79,25 @@ def gate(
         _show(run, json_)
 
 
+@app.command("embed", help=BENCHMARKS["embed"].description)
+def embed(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="what `hybrid index` reads; dev.jsonl asks, if there")],
+    passages: Annotated[int, typer.Option(min=1, help="passages each embeds")] = 1000,
+    questions: Annotated[int, typer.Option(min=1, help="questions each embeds, one by one")] = 100,
+    rounds: Annotated[int, typer.Option(min=1, help="turns that each takes; the intervals are over them")] = 5,
+    json_: Json = False,
+) -> None:
+    """Needs no server. SentenceTransformer.encode, as it comes, reads the same beside ours."""
+    settings = Settings.load()
+    offline_environment()
+    with bar() as progress:
+        model = materialise(settings.embedder, settings.cache, progress)
+        run = BENCHMARKS["embed"].measure(
+            source, embedding=model, passages=passages, questions=questions, rounds=rounds, progress=progress
+        )
+        _show(run, json_)
+
+
 @app.command("hotload", help=BENCHMARKS["hotload"].description)
 def hotload(
     adapter: Annotated[
