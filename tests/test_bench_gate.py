@@ -36,7 +36,6 @@ from hybrid.settings import DEFAULT_EMBEDDER, RetrievalSettings, Settings
 from hybrid.state import State
 from hybrid.types import Arm
 
-PREFIXES = ("", "Please: ", "Quick one. ")
 GARDEN = [t.format(p) for t in TROUBLES for p in PLANTS]
 BORROW = [t.format(b) for t in ORDERS for b in BOOKS]
 #: what each arm scores on the requests of a task, and what an answer costs

@@ -303,18 +303,18 @@ def _draw(summary: Any, rows: Sequence[Any], path: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
     curve, router = summary["knob"]["curve"], summary["router"]
-    left.plot(
-        [point["tokens"] for point in curve], [point["score"] for point in curve], "o-", label="auto, by the knob"
-    )
+    left.plot([point["tokens"] for point in curve], [point["score"] for point in curve], "o-")
+    left.set_title("auto, by the knob", fontsize=10)
     for point in curve:
         left.annotate(f"{point['quality_cost']:g}", (point["tokens"], point["score"]), fontsize=8)
     single = router["best_single"]
-    for name, score in (
-        ("random", router["random"]), (single["arm"], single["score"]),
-        ("best of each task", router["best_per_task"]), ("oracle", router["oracle"]),
+    for name, score, side in (
+        ("random", router["random"], "left"), (single["arm"], single["score"], "right"),
+        ("best of each task", router["best_per_task"], "left"), ("oracle", router["oracle"], "right"),
     ):  # fmt: skip
         left.axhline(score, color="grey", linewidth=0.8, linestyle=":")
-        left.annotate(name, (1.0, score), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        place = (0.01 if side == "left" else 0.99, score)
+        left.annotate(name, place, xycoords=("axes fraction", "data"), ha=side, va="bottom", fontsize=8)
     left.set_xlabel("tokens an answer")
     left.set_ylabel("score")
     for offset, key, colour in (
@@ -325,5 +325,5 @@ def _draw(summary: Any, rows: Sequence[Any], path: Path) -> None:
     ):
         right.bar(np.arange(len(rows)) + offset, [row[key] for row in rows], 0.2, color=colour, label=key)
     right.set_xticks(range(len(rows)), [row["task"] for row in rows], rotation=40, ha="right", fontsize=8)
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
     figure.savefig(path, dpi=120)
