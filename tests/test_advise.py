@@ -262,7 +262,9 @@ def make_task(folder: Path) -> Path:
     return folder
 
 
-def test_a_task_folder_becomes_a_page_of_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_folder_becomes_a_page_of_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     settings = make_trainable_home(tmp_path / "home")
     task = make_task(tmp_path / "colours")
     for name, value in settings.environment().items():
@@ -272,6 +274,7 @@ def test_a_task_folder_becomes_a_page_of_advice(tmp_path: Path, monkeypatch: pyt
     command = ["advise", str(task), "--out", str(tmp_path / "out"), "--json", "--limit", "12", *arguments]
     done = CliRunner().invoke(app, command, catch_exceptions=False)
     told = json.loads(done.stdout.splitlines()[-1])
+    assert "lost" not in caplog.text, "an engine that is closed at the end was not lost"
 
     arms = {row["arm"]: row for row in told["arms"]}
     assert set(arms) == {

@@ -250,7 +250,7 @@ class Supervisor:
             raise EngineError(f"The engine ended with code {how}. Its last words: {last[0] if last else '(none)'}")
 
     def _lose(self, phase: str, detail: str) -> None:
-        if self._ready:
+        if self._ready and detail:  # closing it says nothing: it was not lost
             log.warning("engine lost: %s", detail)
         self._ready, self._phase, self._detail = False, phase, detail
         self._held = set()

@@ -123,11 +123,10 @@ def _certainty(rows: Sequence[Row], winner: Row) -> str:
     rival = next((row for row in rows[1:] if row.failed <= 0.5), rows[1])
     gap = rival.behind
     assert gap is not None  # noqa: S101
-    how = "surely" if rival.p_holm < ALPHA else "not surely"
-    return (
-        f"{winner.arm} scores {score}, {how} better than the runner-up {rival.arm}: {gap.diff:+.3f} [{gap.low:+.3f}, "
-        f"{gap.high:+.3f}], p = {rival.p_holm:.2g}; the test would find a difference of {gap.detectable:.3f}."
-    )
+    sure = rival.p_holm < ALPHA
+    told = f"{gap.diff:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}], p = {rival.p_holm:.2g}"
+    told += "" if sure else f"; with this many examples a difference of {gap.detectable:.3f} would show"
+    return f"{winner.arm} scores {score}, {'' if sure else 'not '}surely better than the runner-up {rival.arm}: {told}."
 
 
 # --- the questions -------------------------------------------------------------------------------------------------
@@ -265,8 +264,9 @@ def _budget(m: Measurements, winner: Row) -> Finding:
     if made is None:
         return Finding(question, "no training", f"{said}; nothing is trained.", numbers)
     numbers["training"] = {"seconds": made.seconds, "memory_mb": made.memory_mb, "steps": made.steps}
+    took = f"{made.seconds / 60:.1f} minutes" if made.seconds >= 60 else f"{made.seconds:.0f} seconds"
     memory = f" and {made.memory_mb / 1024:.1f} GiB" if made.memory_mb else ""
-    return Finding(question, "training", f"{said}; training it took {made.seconds / 60:.1f} minutes{memory}.", numbers)
+    return Finding(question, "training", f"{said}; training it took {took}{memory}.", numbers)
 
 
 # --- what follows --------------------------------------------------------------------------------------------------
