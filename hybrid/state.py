@@ -187,33 +187,33 @@ def open_sqlite(path: Path, tables: MetaData) -> Engine:
     return engine
 
 
-def upgrade(path: Path) -> None:
-    """Brings the database at `path` to this schema; what it held before is kept beside it as `state.v1.db`.
+def upgrade(path: Path, tables: MetaData, newest: int) -> None:
+    """Brings the database at `path` to the schema `newest`; what it held before is kept beside it as `state.v1.db`.
 
     Raises SetupError for one that a newer hybrid wrote: reading it as ours could lose what we do not know of.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".upgrade.lock")), closing(sqlite3.connect(path, timeout=30)) as old:
         number = int(old.execute("PRAGMA user_version").fetchone()[0])
-        if number > SCHEMA:
+        if number > newest:
             raise SetupError(
-                f"{path} was written by a newer hybrid (schema {number}; this one knows {SCHEMA}). "
-                f"Install that version again, or put back the copy {path.stem}.v{SCHEMA}.db that it kept."
+                f"{path} was written by a newer hybrid (schema {number}; this one knows {newest}). "
+                f"Install that version again, or put back the copy {path.stem}.v{newest}.db that it kept."
             )
-        if number == SCHEMA:
+        if number == newest:
             return
         if old.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             with closing(sqlite3.connect(path.with_name(f"{path.stem}.v{number or 1}.db"))) as copy:
                 old.backup(copy)
-        engine = open_sqlite(path, schema)
-        _add_columns(engine)
+        engine = open_sqlite(path, tables)
+        _add_columns(engine, tables)
         engine.dispose()
-        old.execute(f"PRAGMA user_version = {SCHEMA}")
+        old.execute(f"PRAGMA user_version = {newest}")
 
 
-def _add_columns(engine: Engine) -> None:
+def _add_columns(engine: Engine, tables: MetaData) -> None:
     """What the tables lack: columns (each is nullable or has a default of the server's), then indexes over them."""
-    for table in schema.sorted_tables:
+    for table in tables.sorted_tables:
         there = {column["name"] for column in inspect(engine).get_columns(table.name)}
         with engine.begin() as connection:
             for column in table.columns:
@@ -228,7 +228,7 @@ class State:
     """The control database of one home. Raises SetupError when a newer hybrid wrote it."""
 
     def __init__(self, path: Path) -> None:
-        upgrade(path)
+        upgrade(path, schema, SCHEMA)
         self._engine = open_sqlite(path, schema)
 
     @contextmanager

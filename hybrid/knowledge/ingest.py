@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from hybrid.errors import Refused
 from hybrid.knowledge.chunk import Chunker
 from hybrid.knowledge.embed import Embedder, Vectors
 from hybrid.knowledge.read import Document, Problem, read
-from hybrid.knowledge.store import Entry, Meta, Store, text_hash
+from hybrid.knowledge.store import About, Entry, Meta, Store, text_hash
 
 Progress = Callable[[str, int, int], None]
 
+#: the source of documents that were added one by one
+ADDED = "added"
 _TELL_EVERY = 256
 
 
@@ -96,6 +98,26 @@ class Ingest:
         passages, _ = self._store.counts()
         return IngestReport(self._corpus, added, changed, len(gone), unchanged, passages, tuple(problems))
 
+    def add(self, document: Document, about: About | None) -> bool:
+        """Puts one document into the corpus, or in place of the one with its id; no ingest of a folder takes it away.
+
+        Without `about` it keeps what it had. Nothing is embedded or written when it stands there already. Returns
+        whether anything was changed. Raises Refused when another embedder made the corpus's vectors.
+        """
+        meta = self._store.meta()
+        if meta:
+            check_embedder(self._corpus, meta, self._embedder)
+        new = {document.id: self._hash(document)}
+        found = self._store.documents(document.id)
+        if found and (found[0].source, found[0].hash) == (ADDED, new[document.id]):
+            if about is None or about == found[0].about:
+                return False
+            with self._store.change() as change:
+                change.describe(document.id, about)
+            return True
+        self._put([replace(entry, about=about) for entry in self._entries([document], ADDED, new)])
+        return True
+
     def _hash(self, document: Document) -> str:
         """The hash of what a document says and how it is cut."""
         digest = hashlib.sha256()
@@ -107,7 +129,8 @@ class Ingest:
     def _entries(self, documents: Sequence[Document], source: str, hashes: dict[str, str]) -> Iterator[Entry]:
         for done, document in enumerate(documents, 1):
             pieces = self._chunker.cut(document.title, document.text, markdown=document.markdown)
-            yield Entry(document.id, source, document.title, hashes[document.id], pieces)
+            size = len(document.text.encode())
+            yield Entry(document.id, source, document.title, hashes[document.id], pieces, document.id, size)
             if done % _TELL_EVERY == 0 or done == len(documents):
                 self._progress(f"cutting {self._corpus}", done, len(documents))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,18 @@ def read(path: Path) -> tuple[list[Document], list[Problem]]:
         first = f" The first problem: {problems[0]}." if problems else ""
         raise DataError(f"{path} holds no document that can be read (.md, .txt, .rst or a {CORPUS}).{first}")
     return documents, problems
+
+
+def one_document(id_: str, title: str, text: str | None, file: Path | None) -> Document:
+    """A document from its words, or from a file. Raises DataError when there are no words in it."""
+    if (text is None) == (file is None):
+        raise DataError("Give a document either its text or a file to read it from.", param="file")
+    found = Document(id_, title, text) if text is not None else _file(file or Path(), id_)
+    if isinstance(found, Problem):
+        raise DataError(f"{found.file} cannot be read: {found.reason}.", param="file")
+    if not clean(found.text).strip():
+        raise DataError(f"The document {id_[:80]!r} is empty.", param="file")
+    return replace(found, title=title or found.title)
 
 
 def _read(path: Path) -> Iterator[Document | Problem]:

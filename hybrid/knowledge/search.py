@@ -10,7 +10,7 @@ import contextlib
 import logging
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,16 @@ from hybrid.knowledge.chunk import Chunker
 from hybrid.knowledge.embed import Embedder, Vectors
 from hybrid.knowledge.index import Snapshot, build, extended, load
 from hybrid.knowledge.ingest import Ingest, IngestReport, Progress, check_embedder
-from hybrid.knowledge.store import Meta, Store
+from hybrid.knowledge.read import one_document
+from hybrid.knowledge.store import About, DocumentInfo, Meta, Store
 from hybrid.rooms import Home, check_name
 from hybrid.settings import RetrievalSettings
 from hybrid.types import JSON, Passage
 
 log = logging.getLogger("hybrid.knowledge")
+
+#: so many passages are searched in memory beside a generation before the next one is published
+FRESH = 1024
 
 Query = str | np.ndarray[Any, Any]
 
@@ -109,6 +113,17 @@ class _Corpus:
             if load(self.generations, meta).revision == meta.revision:
                 return
         build(self.generations, self.store)
+
+    def publish_when_due(self) -> None:
+        """Publishes once much was added or taken away since the last time. The caller holds the lock.
+
+        Until then what is new is searched in memory beside the generation, and what is gone is left out.
+        """
+        snapshot, held = self.snapshot(), self.info().passages
+        added = len(snapshot.fresh_rows)
+        gone = len(snapshot) - held
+        if added + gone > max(FRESH, held // 10):
+            self.publish()
 
     @property
     def generations(self) -> Path:
@@ -206,11 +221,7 @@ class Library:
 
         Raises DataError when nothing can be read, Refused for a name that cannot be one or a changed embedder.
         """
-        folder = self._folder(name)
-        chunker = Chunker(self.embedder.count_tokens, self._settings.chunk_tokens)
-        with corpus_lock(folder):
-            corpus = self._reopen(name)
-            ingest = Ingest(name, corpus.store, self.embedder, chunker, self._settings.embed_batch, progress)
+        with self._writing(name, progress) as (corpus, ingest):
             report = ingest.run(path, rebuild=rebuild)
             corpus.publish()
         return report
@@ -223,16 +234,56 @@ class Library:
             except HybridError as error:
                 log.debug("%s cannot be searched: %s", name, error.message)
 
+    def add_document(
+        self,
+        name: str,
+        document: str,
+        *,
+        title: str = "",
+        text: str | None = None,
+        file: Path | None = None,
+        about: About | None = None,
+    ) -> DocumentInfo:
+        """Adds one document under an id of the caller's, or replaces it; the corpus is made when there is none.
+
+        Its words are `text`, or a `file` of a type that is read (its name tells the type and stands in for a missing
+        title). When this returns, the document is on disk and found by every process. Adding the same again does
+        nothing; `about` may differ, and without it the document keeps what it had. An ingest of a folder never
+        takes it away. Raises DataError when there are no words to read, Refused for a name that cannot be one or a
+        changed embedder, NotFound never.
+        """
+        read = one_document(document, title, text, file)
+        with self._writing(name) as (corpus, ingest):
+            if ingest.add(read, about):
+                corpus.publish_when_due()
+        return corpus.store.documents(document)[0]
+
+    def describe_document(self, name: str, document: str, about: About) -> DocumentInfo:
+        """Changes a document's attributes, owner and groups, and nothing else. Raises NotFound."""
+        self.document(name, document)
+        with self._writing(name) as (corpus, _), corpus.store.change() as change:
+            change.describe(document, about)
+        return self.document(name, document)
+
+    def documents(self, name: str) -> list[DocumentInfo]:
+        """Every document of a corpus, by id. Raises NotFound for an unknown corpus."""
+        return self._corpus(name).store.documents()
+
+    def document(self, name: str, document: str) -> DocumentInfo:
+        """One document of a corpus. Raises NotFound for a corpus or a document that is not there."""
+        found = self._corpus(name).store.documents(document)
+        if not found:
+            raise NotFound(f"The corpus {name!r} holds no document {document[:80]!r}.", param="document")
+        return found[0]
+
     def delete_document(self, name: str, document: str) -> None:
         """Takes one document away, at once and for good. Raises NotFound."""
-        corpus = self._corpus(name)
-        with corpus_lock(self._folder(name)):
-            if document not in corpus.store.hashes():
-                raise NotFound(f"The corpus {name!r} holds no document {document[:80]!r}.", param="document")
+        self.document(name, document)
+        with self._writing(name) as (corpus, _):
             with corpus.store.change() as change:
                 change.remove([document])
                 change.sweep()
-            corpus.publish()
+            corpus.publish_when_due()
 
     def delete(self, name: str) -> None:
         """Takes a corpus away. What made it (a recipe, documents) stays. Raises NotFound."""
@@ -243,8 +294,8 @@ class Library:
             if opened:
                 opened[1].store.close()
             # the database first: SQLite throws the log of a database away that is not there
-            for suffix in ("", "-wal", "-shm"):
-                (folder / f"store.db{suffix}").unlink(missing_ok=True)
+            for file in [folder / "store.db", *folder.glob("store*.db*")]:
+                file.unlink(missing_ok=True)
             shutil.rmtree(folder / "generations", ignore_errors=True)
 
     def close(self) -> None:
@@ -253,6 +304,14 @@ class Library:
             for _, corpus in self._open.values():
                 corpus.store.close()
             self._open.clear()
+
+    @contextlib.contextmanager
+    def _writing(self, name: str, progress: Progress | None = None) -> Iterator[tuple[_Corpus, Ingest]]:
+        """A corpus, made if need be, under its lock, with what writes to it."""
+        chunker = Chunker(self.embedder.count_tokens, self._settings.chunk_tokens)
+        with corpus_lock(self._folder(name)):
+            corpus = self._reopen(name)
+            yield corpus, Ingest(name, corpus.store, self.embedder, chunker, self._settings.embed_batch, progress)
 
     def _vector(self, query: Query) -> Vectors:
         if isinstance(query, str):

@@ -8,86 +8,23 @@ ids it came with; a search answers through `names`, so what is deleted here cann
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import (
-    Column,
-    Connection,
-    Float,
-    ForeignKey,
-    Index,
-    Integer,
-    LargeBinary,
-    MetaData,
-    Select,
-    String,
-    Table,
-    Text,
-    bindparam,
-    delete,
-    func,
-    insert,
-    select,
-    update,
-)
+from sqlalchemy import Connection, Select, bindparam, delete, func, insert, select, update
 
 from hybrid.knowledge.chunk import Piece
 from hybrid.knowledge.embed import Vectors
-from hybrid.state import open_sqlite
-from hybrid.types import Passage
+from hybrid.knowledge.tables import SCHEMA, documents, meta, names, passages, schema
+from hybrid.state import open_sqlite, upgrade
+from hybrid.types import JSON, Passage
 
 Rows = npt.NDArray[np.int64]
-
-schema = MetaData()
-
-#: one row: which embedder made the vectors, which generation is current, and a revision that every change raises
-meta = Table(
-    "meta", schema,
-    Column("id", Integer, primary_key=True),
-    Column("revision", Integer, nullable=False),
-    Column("generation", Integer, nullable=False),
-    Column("manifest", String, nullable=False),  # SHA-256 of the current generation's manifest
-    Column("embedder", String, nullable=False),
-    Column("digest", String, nullable=False),
-    Column("dim", Integer, nullable=False),
-)  # fmt: skip
-
-documents = Table(
-    "documents", schema,
-    Column("id", String, primary_key=True),
-    Column("source", String, nullable=False, index=True),
-    Column("title", Text, nullable=False),
-    Column("hash", String, nullable=False),
-    Column("at", Float, nullable=False, default=time.time),
-)  # fmt: skip
-
-passages = Table(
-    "passages", schema,
-    Column("row", Integer, primary_key=True, autoincrement=True),
-    Column("hash", String, nullable=False, unique=True),
-    Column("text", Text, nullable=False),
-    Column("vector", LargeBinary, nullable=False),
-    sqlite_autoincrement=True,  # a row number is never given twice: a stale cache cannot point at another text
-)  # fmt: skip
-
-names = Table(
-    "names", schema,
-    Column("seq", Integer, primary_key=True, autoincrement=True),
-    Column("id", String, nullable=False),
-    Column("document", String, ForeignKey("documents.id", ondelete="CASCADE"), nullable=False, index=True),
-    Column("passage", Integer, ForeignKey("passages.row"), nullable=False),
-    Column("title", Text, nullable=False),
-    Column("start", Integer, nullable=False),
-    Column("end", Integer, nullable=False),
-    Index("names_by_passage", "passage", "seq"),
-)  # fmt: skip
 
 _IN = 10_000  # below SQLite's limit of parameters
 
@@ -105,14 +42,49 @@ class Meta:
 
 
 @dataclass(frozen=True, slots=True)
+class About:
+    """What a document carries besides its words: free attributes, whose it is, and which groups may read it."""
+
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    owner: str = ""
+    groups: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
-    """A document as it goes into the store: where it came from, the hash of what it says, and its pieces."""
+    """A document as it goes into the store: where it came from, the hash of what it says, and its pieces.
+
+    `path` is the file it was read from, `bytes` the size of its text. Without `about` it keeps what it had.
+    """
 
     id: str
     source: str
     title: str
     hash: str
     pieces: Sequence[Piece]
+    path: str = ""
+    bytes: int = 0
+    about: About | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentInfo:
+    """A document as it is listed; `at` is when it was last written (Unix seconds), `bytes` the size of its text."""
+
+    id: str
+    title: str
+    source: str
+    path: str
+    hash: str
+    at: float
+    bytes: int
+    passages: int
+    about: About
+
+    def wire(self) -> JSON:
+        """The document as JSON."""
+        row = asdict(self)
+        return {**{key: value for key, value in row.items() if key != "about"}, **row["about"]}
 
 
 def text_hash(text: str) -> str:
@@ -124,6 +96,7 @@ class Store:
     """The SQLite file of one corpus. Reads need no lock; whoever writes holds the corpus's file lock."""
 
     def __init__(self, path: Path) -> None:
+        upgrade(path, schema, SCHEMA)
         self._engine = open_sqlite(path, schema)
 
     def meta(self) -> Meta | None:
@@ -145,6 +118,23 @@ class Store:
         with self._engine.connect() as connection:
             rows = connection.execute(select(documents.c.id, documents.c.source, documents.c.hash))
             return {row.id: (row.source, row.hash) for row in rows}
+
+    def documents(self, only: str | None = None) -> list[DocumentInfo]:
+        """Every document, by id; or `only` this one."""
+        columns = [c for c in documents.c if c.name not in ("attributes", "owner", "groups")]
+        counted = func.count(names.c.seq).label("passages")
+        query = (
+            select(*columns, counted, documents.c.attributes, documents.c.owner, documents.c.groups)
+            .outerjoin(names, names.c.document == documents.c.id)
+            .group_by(documents.c.id)
+            .order_by(documents.c.id)
+        )
+        if only is not None:
+            query = query.where(documents.c.id == only)
+        with self._engine.connect() as connection:
+            rows = [dict(row) for row in connection.execute(query).mappings()]
+        abouts = [About(r.pop("attributes"), r.pop("owner"), tuple(r.pop("groups"))) for r in rows]
+        return [DocumentInfo(**row, about=about) for row, about in zip(rows, abouts, strict=True)]
 
     def known(self, hashes: Sequence[str]) -> set[str]:
         """Those of `hashes` (of texts) that have a vector."""
@@ -225,6 +215,7 @@ class Change:
 
     def put(self, entries: Sequence[Entry], vectors: Mapping[str, Any]) -> None:
         """Adds documents or replaces them. `vectors` holds, by the hash of the text, those not stored yet."""
+        before = self._abouts([entry.id for entry in entries])
         self.remove(entry.id for entry in entries)
         texts = {text_hash(p.text): p.text for entry in entries for p in entry.pieces}
         new = [{"hash": h, "text": texts[h], "vector": v.astype(np.float32).tobytes()} for h, v in vectors.items()]
@@ -234,12 +225,24 @@ class Change:
         for part in _parts(list(texts)):
             found = self._connection.execute(select(passages.c.hash, passages.c.row).where(passages.c.hash.in_(part)))
             rows.update((str(r.hash), int(r.row)) for r in found)
-        listed = [{"id": e.id, "source": e.source, "title": e.title, "hash": e.hash} for e in entries]
+        listed = [_document_row(e, e.about or before.get(e.id, About())) for e in entries]
         named = [line for entry in entries for line in _name_rows(entry, rows)]
         if listed:
             self._connection.execute(insert(documents), listed)
         if named:
             self._connection.execute(insert(names), named)
+
+    def describe(self, document: str, about: About) -> None:
+        """Changes what a document carries besides its words."""
+        self._connection.execute(update(documents).where(documents.c.id == document).values(**_about_row(about)))
+
+    def _abouts(self, ids: Sequence[str]) -> dict[str, About]:
+        columns = (documents.c.id, documents.c.attributes, documents.c.owner, documents.c.groups)
+        return {
+            row.id: About(row.attributes, row.owner, tuple(row.groups))
+            for part in _parts(ids)
+            for row in self._connection.execute(select(*columns).where(documents.c.id.in_(part)))
+        }
 
     def replace_vectors(self, vectors: Mapping[int, Any]) -> None:
         """Gives every passage a new vector, by row; the generations that hold the old ones are current no more."""
@@ -256,6 +259,15 @@ class Change:
     def flip(self, generation: int, manifest: str) -> None:
         """Makes a published generation the current one; `manifest` is the SHA-256 of its manifest."""
         self._connection.execute(update(meta).values(generation=generation, manifest=manifest))
+
+
+def _document_row(entry: Entry, about: About) -> dict[str, Any]:
+    row = {key: getattr(entry, key) for key in ("id", "source", "title", "hash", "path", "bytes")}
+    return row | _about_row(about)
+
+
+def _about_row(about: About) -> dict[str, Any]:
+    return {"attributes": dict(about.attributes), "owner": about.owner, "groups": list(about.groups)}
 
 
 def _name_rows(entry: Entry, rows: Mapping[str, int]) -> Iterator[dict[str, Any]]:
