@@ -40,9 +40,23 @@ from hybrid.knowledge.shelves import Shelves
 from hybrid.names import Names
 from hybrid.settings import Settings
 from hybrid.state import State
+from hybrid.strategies.attempt import attempt, can_be_tried, sureness
 from hybrid.strategies.bound import Bound
 from hybrid.strategies.panel import Panel
-from hybrid.types import JSON, PROMPT, Arm, Decided, Decision, Event, Failed, Request
+from hybrid.strategies.said import said
+from hybrid.types import (
+    JSON,
+    PROMPT,
+    Arm,
+    Decided,
+    Decision,
+    Drafted,
+    Event,
+    Failed,
+    Finished,
+    Request,
+    Retrieved,
+)
 
 log = logging.getLogger("hybrid.gateway")
 
@@ -147,10 +161,15 @@ class Gateway:
 
     async def _answer(self, request: Request) -> AsyncGenerator[Event]:
         plan = await self._plan(request)
-        self.journal.add(plan.decision, request.caller)
-        arm = plan.decision.arm
-        tools = self._bind(request, arm, plan)
         with self._using(plan.versions.values()):
+            if plan.decision.first:
+                async with contextlib.aclosing(self._cascade(request, plan, plan.decision.first)) as events:
+                    async for event in events:
+                        yield event
+                return
+            arm = plan.decision.arm
+            tools = self._bind(request, arm, plan)
+            self.journal.add(plan.decision, request.caller)
             try:
                 yield Decided(plan.decision)
                 async with contextlib.aclosing(tools.play(arm)) as events:
@@ -158,6 +177,32 @@ class Gateway:
                         yield event
             except HybridError as error:
                 yield Failed(error)
+
+    async def _cascade(self, request: Request, plan: Plan, first: Arm) -> AsyncGenerator[Event]:
+        """The cheaper arm's attempt where it is sure of itself, else the arm that was chosen; both are paid for."""
+        tools = self._bind(request, plan.decision.arm, plan)
+        try:
+            draft = await attempt(request, first, tools)
+            sure = sureness(draft)
+            kept = sure >= self.settings.gate.cascade
+            decision = _tried(plan, first, sure, kept)
+            self.journal.add(decision, request.caller)
+            yield Decided(decision)
+            yield Drafted(str(first), draft.text, draft.usage, note=f"tried first, {sure:.2f} sure")
+            if not kept:
+                async with contextlib.aclosing(tools.play(plan.decision.arm)) as events:
+                    async for event in events:
+                        yield event
+                return
+            if draft.passages:
+                yield Retrieved(draft.passages)
+            for token in said(request, str(first), draft.text, reason=draft.finish_reason):
+                yield token
+            yield Finished(tools.usage)
+        except HybridError as error:
+            yield Failed(error)
+        finally:
+            await tools.aclose()
 
     async def route(self, request: Request) -> Decision:
         """The decision alone; nothing is generated."""
@@ -178,8 +223,10 @@ class Gateway:
         else:
             decision = Decision(id=new_id(), arm=arm, reason="the caller named the model", chosen_by="caller")
         versions = await self.names.versions(decision.arm)
-        answering = ", ".join(version.id for version in versions.values()) or None
-        return Plan(dataclasses.replace(decision, adapter=answering), versions)
+        decision = dataclasses.replace(decision, adapter=_spoken(versions))
+        if decision.first and can_be_tried(request):
+            return Plan(decision, {**versions, **await self.names.versions(decision.first)})
+        return Plan(dataclasses.replace(decision, first=None), versions)
 
     async def _conferring(self, request: Request, arm: Arm, chosen: Decision | None = None) -> Plan:
         """The plan of an arm that asks others. The gate's view of the request chooses and weighs the members;
@@ -352,6 +399,21 @@ class Gateway:
 
 def _instruction(version: AdapterVersion | None) -> str:
     return str(version.card.get("instruction", "")) if version else ""
+
+
+def _spoken(versions: Mapping[str, AdapterVersion]) -> str | None:
+    """The immutable names of what answers."""
+    return ", ".join(version.id for version in versions.values()) or None
+
+
+def _tried(plan: Plan, first: Arm, sure: float, kept: bool) -> Decision:
+    """The decision once the cheaper arm has been heard."""
+    heard = f"{first} was {sure:.2f} sure of its own answer"
+    if not kept:
+        return dataclasses.replace(plan.decision, reason=f"{heard}, too little; {plan.decision.reason}")
+    version = plan.version(first)
+    adapter = version.id if version else None
+    return dataclasses.replace(plan.decision, arm=first, adapter=adapter, reason=f"{heard}; {plan.decision.reason}")
 
 
 def _by_itself(decision: Decision) -> Decision:

@@ -73,8 +73,12 @@ class RetrievalSettings(_Section):
 
     top_k: int = Field(3, ge=1, le=50)
     chunk_tokens: int = Field(200, ge=16, description="a longer section is cut; the embedder's tokens")
+    overlap_tokens: int = Field(0, ge=0, description="tokens that neighbouring pieces of a section share")
     passage_budget_tokens: int = Field(1100, description="tokens of passages in one prompt at most")
     embed_batch: int = Field(512, ge=1, description="passages embedded and committed in one transaction")
+    file_mb: int = Field(64, ge=1, description="a larger file is skipped; a corpus.jsonl may be of any size")
+    parse_mb: int = Field(1024, ge=256, description="memory for reading one file, in MiB")
+    parse_s: float = Field(60.0, gt=0, description="time for reading one file")
 
 
 class GateSettings(_Section):
@@ -85,6 +89,7 @@ class GateSettings(_Section):
     default_arm: str = Field("prompt", description="answers when the gate cannot")
     abstain_below: float = Field(0.4, ge=0, le=1, description="a narrow arm less likely than this is not taken")
     stay_margin: float = Field(0.15, ge=0, le=1, description="a conversation changes its arm for a larger gain only")
+    cascade: float = Field(0.0, ge=0, le=1, description="a cheaper arm is tried first and kept if this sure; 0: never")
     few_shot_k: int = Field(4, ge=1, le=32)
     mix_top_k: int = Field(2, ge=1, le=8, description="adapters in a mix that the gate weighs")
     mix_balance: float = Field(0.0, ge=0, description="how far, in nats, the load may change which adapters are mixed")

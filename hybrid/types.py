@@ -9,7 +9,7 @@ the evaluator into an `Outcome`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,6 +37,47 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rights:
+    """What a caller may use and see; the owner of the home, everything.
+
+    `arms` are the words of its key: a strategy (`rag`) or one arm of it (`rag:handbook`, `adapter:bank`); None allows
+    all. `hidden` are the corpora it may not see, `own` those it made. `groups` are those its key belongs to.
+    """
+
+    caller: str = "local"
+    admin: bool = True
+    groups: frozenset[str] = frozenset()
+    arms: frozenset[str] | None = None
+    hidden: frozenset[str] = frozenset()
+    own: frozenset[str] = frozenset()
+
+    def may(self, arm: Arm) -> bool:
+        """Whether it may ask an arm: each adapter, head, task and corpus that the arm names must be its to use."""
+        if self.admin:
+            return True
+        corpus = arm.corpus
+        return all(self._named(*part) for part in arm.parts) and (corpus is None or self.sees(corpus))
+
+    def sees(self, corpus: str) -> bool:
+        """Whether it may search a corpus."""
+        if self.admin or corpus in self.own:
+            return True
+        return corpus not in self.hidden and self._named("rag", corpus)
+
+    def reads(self, owner: str, groups: Iterable[str]) -> bool:
+        """Whether it may read what has this owner and these groups; what has neither is for all."""
+        groups = frozenset(groups)
+        return (
+            self.admin or (bool(owner) and owner == self.caller) or bool(groups & self.groups) or not (owner or groups)
+        )
+
+    def _named(self, strategy: str, name: str) -> bool:
+        if self.arms is None or strategy in self.arms:
+            return True
+        return f"{strategy}:{name}" in self.arms if name else any(a.startswith(f"{strategy}:") for a in self.arms)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Knobs:
     """What `extra_body.hybrid` may set. `arms` limits the gate's choice; `quality_cost` is 0 (cheapest) to 1 (best)."""
 
@@ -54,7 +95,7 @@ class Request:
 
     `sampling` holds every engine parameter as the client spelled it (`max_tokens`, `tools`, `top_k`, …): it passes
     through unchanged. `caller` is the tenant: the id of the API key, or "local" where no key exists. `about` is the
-    question where the last user message holds more than that: drafts of others, say.
+    question where the last user message holds more than that: drafts of others, say. `rights` are set by the gateway.
     """
 
     id: str
@@ -66,6 +107,7 @@ class Request:
     knobs: Knobs = field(default_factory=Knobs)
     caller: str = "local"
     about: str = ""
+    rights: Rights = field(default_factory=Rights)
 
     @property
     def query(self) -> str:
@@ -154,6 +196,21 @@ class Arm:
         return (self.adapter,) if self.adapter else ()
 
     @property
+    def corpus(self) -> str | None:
+        """The one corpus this arm searches, if it names one."""
+        return self.args[-1] if "rag" in self.strategy and len(self.args) == (2 if self.adapter else 1) else None
+
+    @property
+    def parts(self) -> tuple[tuple[str, str], ...]:
+        """What a caller must be allowed for this arm: (strategy, name or ""). `base` and `prompt` are for all."""
+        parts = [("adapter", name.partition("@")[0]) for name in self.adapters]
+        if "rag" in self.strategy:
+            parts.append(("rag", self.corpus or ""))
+        elif self.strategy in ("few_shot", "head", "moa", "self_moa"):
+            parts.append((self.strategy, self.args[0].partition("@")[0] if self.args else ""))
+        return tuple(parts)
+
+    @property
     def confers(self) -> bool:
         """Whether it asks other arms: such an arm is never a member of another."""
         return self.strategy in ("moa", "self_moa")
@@ -182,6 +239,8 @@ class Decision:
     neighbours: tuple[Mapping[str, Any], ...] = ()
     #: the query's unit vector as float16 bytes, for the log alone; None where it was not computed or not to be kept
     vector: bytes | None = field(default=None, repr=False)
+    #: a cheaper arm that is asked first and answers if it is sure (a cascade)
+    first: Arm | None = None
 
     def wire(self) -> JSON:
         """The public record: what `/v1/route` and `/v1/decisions/{id}` return."""

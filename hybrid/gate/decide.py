@@ -67,6 +67,7 @@ class Decider:
             route_ms=_since(began),
             neighbours=tuple(scores.neighbours),
             vector=vector,
+            first=choice.first,
         )
 
     def _score(self, query: str) -> Scores:

@@ -19,18 +19,22 @@ _NOMINAL: Mapping[str, float] = {
 }  # fmt: skip
 #: an arm expected to reach less than this share of the best one's score saves nothing
 _LEAST = 0.5
+#: an arm that costs more than this share of the chosen one is not tried before it
+_CHEAP = 0.7
 #: the quality-cost knob at which `abstain_below` holds as it stands: nearer 0, more is asked of a narrow arm
 _AT = 0.9
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The arm taken, how sure the gate was of it (0 to 1), why, and what it fell back from, if it did."""
+    """The arm taken, how sure the gate was of it (0 to 1), why, what it fell back from, if it did, and the cheaper arm
+    that may be tried first."""
 
     arm: Arm
     confidence: float
     reason: str
     fallback: str | None = None
+    first: Arm | None = None
 
 
 class Policy:
@@ -74,7 +78,8 @@ class Policy:
         needed = min(self._settings.abstain_below * (1 + (_AT - quality) / 2), 1.0)
         why = scores.why.get(arm, "it scores best")
         if PROMPT not in usable or earned[arm] >= needed:
-            return Choice(arm, usable[arm], why)
+            first = _cheaper(arm, earned, scores.costs) if self._settings.cascade else None
+            return Choice(arm, usable[arm], why, first=first)
         if usable[PROMPT] >= usable[arm]:
             return Choice(PROMPT, usable[PROMPT], f"{scores.why.get(PROMPT, 'it scores best')} ({why})")
         reason = f"not sure enough: {why}, a score of {usable[arm]:.2f} where {needed:.2f} is needed"
@@ -100,14 +105,22 @@ def _cheapest_of_best(earned: Mapping[Arm, float], costs: Mapping[Arm, float], q
     """The cheapest arm whose score is within (1 - quality)² of the best one's, as a share of it."""
     slack = min((1 - quality) ** 2, 1 - _LEAST)
     enough = max(earned.values()) * (1 - slack)
-    # in the unit of the outcomes, by what `prompt` costs there; arms that were not measured cost what is usual
+    good = (arm for arm in earned if earned[arm] >= enough)
+    return min(good, key=lambda arm: (_price(arm, costs), -earned[arm], arm))
+
+
+def _cheaper(chosen: Arm, earned: Mapping[Arm, float], costs: Mapping[Arm, float]) -> Arm | None:
+    """The best of the arms that cost little beside the chosen one and are no waste to try; None without any."""
+    limit, least = _CHEAP * _price(chosen, costs), _LEAST * earned[chosen]
+    worth = [arm for arm in earned if _price(arm, costs) <= limit and earned[arm] >= least and not arm.confers]
+    return max(worth, key=lambda arm: (earned[arm], arm), default=None)
+
+
+def _price(arm: Arm, costs: Mapping[Arm, float]) -> float:
+    """What an arm costs in prompts: as measured, in the unit of the outcomes, or what is usual of its strategy."""
     unit = costs.get(PROMPT, math.nan)
-
-    def price(arm: Arm) -> float:
-        known = costs.get(arm, math.nan) / unit if unit > 0 else math.nan
-        return _NOMINAL.get(arm.strategy, max(_NOMINAL.values())) if math.isnan(known) else known
-
-    return min((arm for arm in earned if earned[arm] >= enough), key=lambda arm: (price(arm), -earned[arm], arm))
+    known = costs.get(arm, math.nan) / unit if unit > 0 else math.nan
+    return _NOMINAL.get(arm.strategy, max(_NOMINAL.values())) if math.isnan(known) else known
 
 
 def _asked(arm: Arm, knobs: Knobs) -> bool:

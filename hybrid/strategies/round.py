@@ -25,7 +25,7 @@ async def drafted(
     Raises an error of the kind they failed with where fewer than the quorum answered; the rest is cancelled.
     """
     tasks = [
-        asyncio.create_task(_draft(tools, seat, messages, _own(sampling, seat, place), layer))
+        asyncio.create_task(propose(tools, seat, messages, _own(sampling, seat, place), layer))
         for place, seat in enumerate(panel.seats)
     ]
     try:
@@ -37,10 +37,10 @@ async def drafted(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _draft(
+async def propose(
     tools: Tools, seat: Seat, messages: Sequence[Message], sampling: Mapping[str, Any], layer: int = 1
 ) -> Draft:
-    """What one proposer answers. Raises its error."""
+    """What one proposer answers, with its mean log-probability where `sampling` asks for those. Raises its error."""
     told = Draft(seat=seat, text="", layer=layer)
     async for event in tools.answer(seat.arm, with_system(messages, seat.system), sampling=sampling):
         match event:
