@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import secrets
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sqlalchemy import insert, select, update
 
 from hybrid.errors import BadRequest, NotFound, Unauthorized
-from hybrid.state import State
+from hybrid.state import State, corpora
 from hybrid.state import keys as table
-from hybrid.types import JSON
+from hybrid.types import JSON, Arm, Rights
 
 PREFIX = "hyb-"
+#: how the ids of keys begin
+ID = "key_"
 #: `use` asks questions; `admin` also changes what is served
 SCOPES = ("use", "admin")
-_PUBLIC = (table.c.id, table.c.name, table.c.scopes, table.c.created, table.c.revoked)
+MAX_GROUPS = 64
+_GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_PUBLIC = (table.c.id, table.c.name, table.c.scopes, table.c.groups, table.c.arms, table.c.created, table.c.revoked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +50,40 @@ class Keys:
     def __init__(self, state: State) -> None:
         self._state = state
 
-    def create(self, name: str, scopes: Iterable[str] = ("use",)) -> JSON:
-        """A new key: `{"id", "name", "scopes", "created", "key"}`; `key` cannot be had again. Raises BadRequest."""
+    def create(
+        self,
+        name: str,
+        scopes: Iterable[str] = ("use",),
+        *,
+        groups: Iterable[str] = (),
+        arms: Iterable[str] | None = None,
+    ) -> JSON:
+        """A new key: `{"id", "name", "scopes", "groups", "arms", "created", "key"}`; `key` cannot be had again.
+
+        It sees the corpora and documents of its `groups` besides those that are for all, and may ask `arms` alone
+        where they are given: strategies, arms, or names of adapters. Raises BadRequest.
+        """
         wanted = list(dict.fromkeys(scopes))
         if not wanted or not set(wanted) <= set(SCOPES):
             raise BadRequest(f"Scopes are {' and '.join(SCOPES)}; {', '.join(wanted) or 'none'} was asked.")
         if not 1 <= len(name) <= 100 or not name.isprintable():
             raise BadRequest("A key's name is 1 to 100 printable characters.", param="name")
+        allowed = None if arms is None else sorted({_arm(word) for word in arms})
+        if "admin" in wanted and allowed is not None:
+            raise BadRequest("A key with the scope admin may ask every arm; leave the arms out, or the scope.")
         secret = PREFIX + secrets.token_urlsafe(32)
-        row = {"id": f"key_{secrets.token_hex(6)}", "name": name, "scopes": wanted, "created": time.time()}
+        row = {
+            "id": f"{ID}{secrets.token_hex(6)}",
+            "name": name,
+            "scopes": wanted,
+            "groups": check_groups(groups),
+            "arms": allowed,
+            "created": time.time(),
+        }
         with self._state.transaction() as connection:
             connection.execute(insert(table).values(**row, hash=digest(secret)))
-            self._state.write_audit(connection, "key.create", id=row["id"], name=name, scopes=wanted)
+            told = {key: row[key] for key in ("id", "name", "scopes", "groups", "arms")}
+            self._state.write_audit(connection, "key.create", **told)
         return {**row, "key": secret}
 
     def list(self) -> list[JSON]:
@@ -74,6 +101,26 @@ class Keys:
             if connection.execute(update(table).where(alive).values(revoked=time.time())).rowcount:
                 self._state.write_audit(connection, "key.revoke", id=key_id)
 
+    def rights(self, key_id: str) -> Rights:
+        """What the holder of a key may use and see now. An id that is no key's is the home's own work."""
+        if not key_id.startswith(ID):
+            return Rights(caller=key_id)
+        columns = (table.c.scopes, table.c.groups, table.c.arms)
+        with self._state.transaction() as connection:
+            row = connection.execute(select(*columns).where(table.c.id == key_id)).first()
+        if row is None:
+            return Rights(caller=key_id, admin=False, arms=frozenset())
+        arms = None if row.arms is None else frozenset(row.arms)
+        rights = Rights(caller=key_id, admin="admin" in row.scopes, groups=frozenset(row.groups), arms=arms)
+        return rights if rights.admin else self._with_corpora(rights)
+
+    def _with_corpora(self, rights: Rights) -> Rights:
+        with self._state.transaction() as connection:
+            rows = connection.execute(select(corpora.c.name, corpora.c.owner, corpora.c.groups)).all()
+        hidden = frozenset(row.name for row in rows if not rights.reads(row.owner, row.groups))
+        own = frozenset(row.name for row in rows if row.owner == rights.caller)
+        return replace(rights, hidden=hidden, own=own)
+
     def authenticate(self, secret: str | None) -> Key | None:
         """The key that `secret` is, or None while no key was ever made (the API is open then). Raises Unauthorized.
 
@@ -90,3 +137,28 @@ class Keys:
         if not equal or equal[0].revoked is not None:
             raise Unauthorized("The API key is unknown or revoked; `hybrid keys create` makes one.")
         return Key(equal[0].id, frozenset(equal[0].scopes))
+
+
+def check_groups(groups: Iterable[str]) -> list[str]:
+    """`groups` without repetitions. Raises BadRequest for one that cannot be a name."""
+    found = sorted(set(groups))
+    if len(found) > MAX_GROUPS or not all(isinstance(g, str) and _GROUP.fullmatch(g) for g in found):
+        raise BadRequest(
+            f"Groups are at most {MAX_GROUPS} names of 1 to 64 letters, digits, '.', '_' or '-'.", param="groups"
+        )
+    return found
+
+
+def _arm(word: str) -> str:
+    """One thing a key may ask, as it is stored: a strategy or an arm; a bare word is the name of an adapter."""
+    try:
+        arm = Arm.parse(word)
+    except ValueError:
+        arm = Arm("adapter", (word,))
+    if len(arm.args) > 1 or arm.strategy in ("adapter+rag", "mix") or not all(map(_GROUP.fullmatch, arm.args)):
+        raise BadRequest(
+            f"{word[:80]!r} cannot be allowed: name an adapter, a strategy (adapter, rag, few_shot, head, moa, "
+            "self_moa) or one arm of it, such as rag:handbook. Mixes and adapter+rag follow from their parts.",
+            param="arms",
+        )
+    return str(arm)

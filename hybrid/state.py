@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock
 from sqlalchemy import (
     JSON,
+    Boolean,
     Column,
     Connection,
     Engine,
@@ -42,7 +43,7 @@ from sqlalchemy.schema import CreateColumn, Index
 from hybrid.errors import SetupError
 
 #: the number of this schema; the first one was written without a number
-SCHEMA = 3
+SCHEMA = 4
 
 schema = MetaData()
 
@@ -101,6 +102,8 @@ keys = Table(
     Column("scopes", JSON, nullable=False),
     Column("created", Float, nullable=False, default=time.time),
     Column("revoked", Float),
+    Column("groups", JSON, nullable=False, server_default="[]"),  # whose corpora and documents it sees
+    Column("arms", JSON),  # what it may ask; without any, everything
 )  # fmt: skip
 
 #: background work; `wanted` (run, pause, cancel) is what was asked of it, `status` what it came to
@@ -160,6 +163,51 @@ files = Table(
     Column("sha256", String, nullable=False),
     Column("status", String, nullable=False, default="processed"),
     Column("created", Float, nullable=False, default=time.time),
+)  # fmt: skip
+
+#: corpora as the API names them: an id for ever, whose it is, and what was noted; the passages are the corpus's own
+corpora = Table(
+    "corpora", schema,
+    Column("id", String, primary_key=True),
+    Column("name", String, nullable=False, unique=True),
+    Column("owner", String, nullable=False, default=""),
+    Column("groups", JSON, nullable=False, default=list),
+    Column("made_here", Boolean, nullable=False, default=False),  # through the API: it may be empty
+    Column("notes", JSON, nullable=False, default=dict),
+    Column("description", Text, nullable=False, default=""),
+    Column("created", Float, nullable=False, default=time.time),
+    Column("active", Float, nullable=False, default=time.time),
+    Column("days", Integer),  # it expires so long after it was last used
+    Column("expired", Boolean, nullable=False, default=False),
+)  # fmt: skip
+
+#: files put into a corpus through the API, in order; a document of the same id holds what was read of one
+corpus_files = Table(
+    "corpus_files", schema,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("corpus", String, ForeignKey("corpora.id", ondelete="CASCADE"), nullable=False),
+    Column("file", String, nullable=False, index=True),
+    Column("caller", String, nullable=False),
+    Column("filename", String, nullable=False),
+    Column("status", String, nullable=False, index=True),
+    Column("error_code", String),
+    Column("error", Text),
+    Column("attributes", JSON, nullable=False, default=dict),
+    Column("groups", JSON, nullable=False, default=list),
+    Column("chunking", JSON),
+    Column("bytes", Integer, nullable=False, default=0),
+    Column("tries", Integer, nullable=False, default=0),
+    Column("batch", String, index=True),
+    Column("created", Float, nullable=False, default=time.time),
+    UniqueConstraint("corpus", "file"),
+)  # fmt: skip
+
+corpus_batches = Table(
+    "corpus_batches", schema,
+    Column("id", String, primary_key=True),
+    Column("corpus", String, ForeignKey("corpora.id", ondelete="CASCADE"), nullable=False),
+    Column("created", Float, nullable=False, default=time.time),
+    Column("cancelled", Boolean, nullable=False, default=False),
 )  # fmt: skip
 
 #: what a version (`name@version`) was measured to be worth

@@ -24,7 +24,7 @@ def test_S2_a_key_is_stored_as_its_hash_and_never_shown_again(keys: Keys, tmp_pa
     assert hashlib.sha256(made["key"].encode()).hexdigest().encode() in b"".join(
         p.read_bytes() for p in tmp_path.iterdir()
     )
-    assert set(keys.list()[0]) == {"id", "name", "scopes", "created", "revoked"}
+    assert set(keys.list()[0]) == {"id", "name", "scopes", "groups", "arms", "created", "revoked"}
 
 
 def test_S2_only_the_right_key_opens(keys: Keys) -> None:

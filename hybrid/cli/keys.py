@@ -23,10 +23,17 @@ def _keys() -> Keys:
 def create(
     name: Annotated[str, typer.Argument(help="who it is for")],
     scope: Annotated[list[str] | None, typer.Option(help="use (default) or admin; repeatable")] = None,
+    group: Annotated[list[str] | None, typer.Option(help="whose corpora and documents it sees; repeatable")] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="what alone it may ask: an adapter, rag:CORPUS, moa …; repeatable")
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """Makes a key and shows it once."""
-    made = _keys().create(name, scope or ["use"])
+    """Makes a key and shows it once.
+
+    hybrid keys create alice --group sales --arm bank --arm rag:prices
+    """
+    made = _keys().create(name, scope or ["use"], groups=group or [], arms=arm or None)
     if json_:
         data(made)
     else:
@@ -42,7 +49,10 @@ def list_(json_: Json = False) -> None:
         data({"keys": rows})
         return
     for row in rows:
-        text(f"{row['id']}  {row['name']}  {','.join(row['scopes'])}{'  revoked' if row['revoked'] else ''}")
+        more = [f"groups {','.join(row['groups'])}"] if row["groups"] else []
+        more += [f"arms {','.join(row['arms'])}"] if row["arms"] is not None else []
+        more += ["revoked"] if row["revoked"] else []
+        text("  ".join([row["id"], row["name"], ",".join(row["scopes"]), *more]))
 
 
 @app.command("revoke")

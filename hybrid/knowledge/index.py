@@ -44,17 +44,30 @@ class Snapshot:
     def __len__(self) -> int:
         return (self.index.ntotal if self.index is not None else 0) + len(self.fresh_rows)
 
-    def nearest(self, vector: Vectors, k: int) -> list[tuple[int, float]]:
-        """The `k` rows of the highest inner product with `vector` [d], best first; ties by row number."""
+    def nearest(self, vector: Vectors, k: int, only: Rows | None = None) -> list[tuple[int, float]]:
+        """The `k` rows of the highest inner product with `vector` [d], best first; ties by row number.
+
+        With `only` no other rows are looked at: what a caller may not see takes no place in the ranking.
+        """
         found: list[tuple[int, float]] = []
         if self.index is not None:
-            scores, rows = self.index.search(vector[None, :], min(k, self.index.ntotal))
+            scores, rows = self.index.search(vector[None, :], min(k, self.index.ntotal), params=_among(only))
             found += [(int(r), float(s)) for r, s in zip(rows[0], scores[0], strict=True) if r >= 0]
         if len(self.fresh_rows):
             products = self.fresh @ vector
-            best = np.argsort(-products, kind="stable")[:k]
-            found += [(int(self.fresh_rows[i]), float(products[i])) for i in best]
+            best = np.argsort(-products, kind="stable")
+            best = best if only is None else best[np.isin(self.fresh_rows[best], only)]
+            found += [(int(self.fresh_rows[i]), float(products[i])) for i in best[:k]]
         return sorted(found, key=lambda hit: (-hit[1], hit[0]))[:k]
+
+
+def _among(rows: Rows | None) -> Any:
+    """FAISS's search parameters that leave every other row out."""
+    if rows is None:
+        return None
+    import faiss
+
+    return faiss.SearchParameters(sel=faiss.IDSelectorBatch(rows))
 
 
 def extended(snapshot: Snapshot, meta: Meta, store: Store) -> Snapshot:

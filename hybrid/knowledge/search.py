@@ -19,20 +19,24 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from hybrid.errors import BadRequest, HybridError, NotFound, Refused
-from hybrid.knowledge.chunk import Chunker
 from hybrid.knowledge.embed import Embedder, Vectors
+from hybrid.knowledge.filters import Matches
 from hybrid.knowledge.index import Snapshot, build, extended, load
-from hybrid.knowledge.ingest import Ingest, IngestReport, Progress, check_embedder
+from hybrid.knowledge.ingest import Ingest, IngestReport, Progress, check_embedder, parse_limits
 from hybrid.knowledge.read import one_document
 from hybrid.knowledge.store import About, DocumentInfo, Meta, Store
+from hybrid.knowledge.visible import Holdings, Visible
 from hybrid.rooms import Home, check_name
 from hybrid.settings import RetrievalSettings
-from hybrid.types import JSON, Passage
+from hybrid.types import JSON, Passage, Rights
 
 log = logging.getLogger("hybrid.knowledge")
 
 #: so many passages are searched in memory beside a generation before the next one is published
 FRESH = 1024
+
+#: who runs commands here, and trains
+OWNER = Rights()
 
 Query = str | np.ndarray[Any, Any]
 
@@ -46,6 +50,7 @@ class CorpusInfo:
     documents: int
     generation: int
     embedder: str
+    bytes: int = 0
 
     def wire(self) -> JSON:
         return asdict(self)
@@ -61,14 +66,15 @@ class _Corpus:
         self._embedder = embedder
         self._lock = threading.Lock()
         self._snapshot: Snapshot | None = None
-        self._counts = (-1, 0, 0)
+        self._counts = (-1, 0, 0, 0)
+        self._holdings: Holdings | None = None
 
     def info(self) -> CorpusInfo:
         meta = self.store.meta() or Meta(0, 0, "", "", "", 0)
         if self._counts[0] != meta.revision:
-            self._counts = (meta.revision, *self.store.counts())
-        _, passages, documents = self._counts
-        return CorpusInfo(self.name, passages, documents, meta.generation, meta.embedder)
+            self._counts = (meta.revision, *self.store.counts(), self.store.size())
+        _, passages, documents, size = self._counts
+        return CorpusInfo(self.name, passages, documents, meta.generation, meta.embedder, size)
 
     def meta(self) -> Meta:
         """The row of `meta`. Raises Refused when the vectors are another embedder's."""
@@ -93,15 +99,27 @@ class _Corpus:
             self._snapshot = current
             return current
 
-    def search(self, vector: Vectors, k: int) -> list[list[Passage]]:
-        """The `k` nearest texts, best first, each under all its ids."""
-        snapshot = self.snapshot()
+    def visible(self, rights: Rights, matches: Matches | None = None) -> Visible | None:
+        """What a caller may find here; None for everything."""
+        if rights.admin and matches is None:
+            return None
+        revision, held = self.meta().revision, self._holdings
+        if held is None or held.revision != revision:
+            held = self._holdings = Holdings(revision, *self.store.holdings())
+        return held.visible(rights, matches)
+
+    def search(self, vector: Vectors, k: int, rights: Rights, matches: Matches | None = None) -> list[list[Passage]]:
+        """The `k` nearest texts that a caller may find, best first, each under all its ids."""
+        snapshot, visible = self.snapshot(), self.visible(rights, matches)
         wanted = k
         while True:
-            hits = snapshot.nearest(vector, wanted)
+            hits = snapshot.nearest(vector, wanted, visible.rows if visible else None)
             named = self.store.passages([row for row, _ in hits])
+            if visible:
+                seen = {row: [p for p in group if p.document in visible.documents] for row, group in named.items()}
+                named = {row: group for row, group in seen.items() if group}
             found = [(named[row], score) for row, score in hits if row in named]
-            if len(found) >= k or len(hits) >= len(snapshot):
+            if len(found) >= k or len(hits) < wanted:
                 break
             wanted *= 2  # some hits were deleted since the snapshot
         return [[replace(p, score=score, corpus=self.name) for p in group] for group, score in found[:k]]
@@ -176,20 +194,31 @@ class Library:
         """What is known of a corpus. Raises NotFound naming those that exist."""
         return self._corpus(name).info()
 
-    def search(self, corpus: str | None, query: Query, k: int, *, every_id: bool = False) -> tuple[Passage, ...]:
+    def search(
+        self,
+        corpus: str | None,
+        query: Query,
+        k: int,
+        *,
+        every_id: bool = False,
+        rights: Rights = OWNER,
+        matches: Matches | None = None,
+    ) -> tuple[Passage, ...]:
         """The `k` texts nearest to `query` (words, or a unit vector float32 [dim]), best first; None asks all corpora.
+
+        Only what `rights` may see is looked at, and of that the documents whose attributes match.
 
         A text that came with several ids is one of the `k`. It is returned under its first id, as a prompt needs
         it; with `every_id` under each of them in turn, with the same score. Raises NotFound, Refused, BadRequest.
         """
         if k < 1:
             raise BadRequest("`k` is at least 1.", param="k")
-        names = self.names() if corpus is None else [corpus]
+        names = [name for name in self.names() if rights.sees(name)] if corpus is None else [corpus]
         if not names:
             raise NotFound("There is no corpus yet; `hybrid index DIR --name NAME` makes one.", param="corpus")
-        corpora = [self._corpus(name) for name in names]
+        corpora = [self._corpus(name, rights) for name in names]
         vector = self._vector(query)
-        groups = [group for found in corpora for group in found.search(vector, k)]
+        groups = [group for found in corpora for group in found.search(vector, k, rights, matches)]
         groups.sort(key=lambda group: -group[0].score)
         return tuple(passage for group in groups[:k] for passage in (group if every_id else group[:1]))
 
@@ -252,7 +281,7 @@ class Library:
         takes it away. Raises DataError when there are no words to read, Refused for a name that cannot be one or a
         changed embedder, NotFound never.
         """
-        read = one_document(document, title, text, file)
+        read = one_document(document, title, text, file, parse_limits(self._settings))
         with self._writing(name) as (corpus, ingest):
             if ingest.add(read, about):
                 corpus.publish_when_due()
@@ -308,10 +337,9 @@ class Library:
     @contextlib.contextmanager
     def _writing(self, name: str, progress: Progress | None = None) -> Iterator[tuple[_Corpus, Ingest]]:
         """A corpus, made if need be, under its lock, with what writes to it."""
-        chunker = Chunker(self.embedder.count_tokens, self._settings.chunk_tokens)
         with corpus_lock(self._folder(name)):
             corpus = self._reopen(name)
-            yield corpus, Ingest(name, corpus.store, self.embedder, chunker, self._settings.embed_batch, progress)
+            yield corpus, Ingest(name, corpus.store, self.embedder, self._settings, progress)
 
     def _vector(self, query: Query) -> Vectors:
         if isinstance(query, str):
@@ -323,10 +351,12 @@ class Library:
     def _folder(self, name: str) -> Path:
         return self._home.index / check_name(name, "corpus")
 
-    def _corpus(self, name: str) -> _Corpus:
-        if _can_name(name) and (self._folder(name) / "store.db").is_file():
+    def _corpus(self, name: str, rights: Rights = OWNER) -> _Corpus:
+        """An open corpus. One that is not there and one that is not theirs are unknown alike. Raises NotFound."""
+        if _can_name(name) and rights.sees(name) and (self._folder(name) / "store.db").is_file():
             return self._reopen(name)
-        raise NotFound(f"There is no corpus {name[:80]!r}. {_known(self.names())}", param="corpus")
+        known = _known([known for known in self.names() if rights.sees(known)])
+        raise NotFound(f"There is no corpus {name[:80]!r}. {known}", param="corpus")
 
     def _reopen(self, name: str) -> _Corpus:
         """The open corpus, made if need be; opened anew when its file is another one than it was."""

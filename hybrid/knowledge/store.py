@@ -113,11 +113,11 @@ class Store:
             yield Change(connection)
             connection.execute(update(meta).values(revision=meta.c.revision + 1))
 
-    def hashes(self) -> dict[str, tuple[str, str]]:
-        """Every document's (source, hash)."""
+    def documents_known(self) -> dict[str, tuple[str, str, str]]:
+        """By id, every document's (source, hash, path)."""
         with self._engine.connect() as connection:
-            rows = connection.execute(select(documents.c.id, documents.c.source, documents.c.hash))
-            return {row.id: (row.source, row.hash) for row in rows}
+            rows = connection.execute(select(documents.c.id, documents.c.source, documents.c.hash, documents.c.path))
+            return {row.id: (row.source, row.hash, row.path or row.id) for row in rows}
 
     def documents(self, only: str | None = None) -> list[DocumentInfo]:
         """Every document, by id; or `only` this one."""
@@ -135,6 +135,23 @@ class Store:
             rows = [dict(row) for row in connection.execute(query).mappings()]
         abouts = [About(r.pop("attributes"), r.pop("owner"), tuple(r.pop("groups"))) for r in rows]
         return [DocumentInfo(**row, about=about) for row, about in zip(rows, abouts, strict=True)]
+
+    def holdings(self) -> tuple[list[str], list[About], Rows, Rows]:
+        """Every document and what it carries, then as pairs int64 [n] which of them names which passage's row."""
+        columns = (documents.c.id, documents.c.attributes, documents.c.owner, documents.c.groups)
+        with self._engine.connect() as connection:
+            listed = connection.execute(select(*columns).order_by(documents.c.id)).all()
+            place = {row.id: i for i, row in enumerate(listed)}
+            named = connection.execute(select(names.c.document, names.c.passage))
+            pairs = [(place[n.document], n.passage) for n in named if n.document in place]
+        abouts = [About(row.attributes, row.owner, tuple(row.groups)) for row in listed]
+        at, rows = np.array(pairs, np.int64).reshape(-1, 2).T
+        return list(place), abouts, at, rows
+
+    def size(self) -> int:
+        """The bytes of all documents' texts."""
+        with self._engine.connect() as connection:
+            return int(connection.scalar(select(func.sum(documents.c.bytes))) or 0)
 
     def known(self, hashes: Sequence[str]) -> set[str]:
         """Those of `hashes` (of texts) that have a vector."""
