@@ -26,7 +26,8 @@ def home_offer(
     """The offer of a gateway over this home. `lent` are the task folders that few-shot prompts may draw on."""
     store = AdapterStore(settings.rooms, state, model.sha256)
     shelves = sorted({**example_folders(settings.rooms, store), **lent})
-    models = tuple(str(entry["id"]) for entry in catalog.models(store, library, shelves, model.name, settings.moa.panels))
+    offered = catalog.models(store, library, shelves, model.name, settings.moa.panels)
+    models = tuple(str(entry["id"]) for entry in offered)
     measured = state.measurements()
     status: JSON = {
         "engine": {"model": model.name},
