@@ -84,8 +84,8 @@ class Offer:
 
     @property
     def corpora(self) -> dict[str, JSON]:
-        """The corpora by name."""
-        return {row["name"]: row for row in self.status["corpora"]}
+        """The corpora by name; how much room one takes on disk says nothing of what it holds."""
+        return {row["name"]: {k: v for k, v in row.items() if k != "bytes"} for row in self.status["corpora"]}
 
     def digest(self, arm: str, task: Task) -> str:
         """Names everything that this arm's answers to this task rest on, besides the question and the decoding."""
@@ -107,7 +107,7 @@ class Offer:
             heads = [r for r in self.status["adapters"] if r["kind"] == HEAD and r["name"] == parsed.args[0]]
             facts += [_identity(row) for row in heads]
         if strategy not in _READS:
-            facts += [[_routed(row) for row in self.status["adapters"]], self.status["corpora"]]
+            facts += [[_routed(row) for row in self.status["adapters"]], list(self.corpora.values())]
             facts += [self.status["gate"].get("version"), [m for m in self.models if m.startswith("few_shot:")]]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
