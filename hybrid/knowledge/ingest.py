@@ -8,7 +8,7 @@ ingest goes on from it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from typing import Any
 from hybrid.errors import Refused
 from hybrid.knowledge.chunk import Chunker
 from hybrid.knowledge.embed import Embedder, Vectors
-from hybrid.knowledge.read import Document, Problem, read
+from hybrid.knowledge.parser import Limits, Parser
+from hybrid.knowledge.read import Document, Found, Problem, Same, scan
 from hybrid.knowledge.store import About, Entry, Meta, Store, text_hash
+from hybrid.settings import RetrievalSettings
 
 Progress = Callable[[str, int, int], None]
 
@@ -61,13 +63,19 @@ class Ingest:
     """One ingest into one store. The caller holds the corpus's lock."""
 
     def __init__(
-        self, corpus: str, store: Store, embedder: Embedder, chunker: Chunker, batch: int, progress: Progress | None
+        self,
+        corpus: str,
+        store: Store,
+        embedder: Embedder,
+        settings: RetrievalSettings,
+        progress: Progress | None = None,
     ) -> None:
         self._corpus = corpus
         self._store = store
         self._embedder = embedder
-        self._chunker = chunker
-        self._batch = batch
+        self._chunker = Chunker(embedder.count_tokens, settings.chunk_tokens, settings.overlap_tokens)
+        self._limits = parse_limits(settings)
+        self._batch = settings.embed_batch
         self._progress: Progress = progress or (lambda _step, _done, _total: None)
 
     def run(self, path: Path, *, rebuild: bool = False) -> IngestReport:
@@ -76,27 +84,33 @@ class Ingest:
         A folder stands for everything that came from folders; a single file only for itself. Raises DataError when
         nothing can be read, Refused when another embedder made the vectors and `rebuild` is not asked for.
         """
-        documents, problems = read(path)
         source = "folder" if path.is_dir() else f"file:{path.name}"
         meta = self._store.meta()
         if meta and rebuild:
             self._embed_again()
         elif meta:
             check_embedder(self._corpus, meta, self._embedder)
-        old = self._store.hashes()
-        new = {d.id: self._hash(d) for d in documents}
-        gone = [id_ for id_, (came_from, _) in old.items() if came_from == source and id_ not in new]
-        if gone:
+        old = self._store.documents_known()
+        with Parser(self._limits) as parser:
+            found = scan(
+                path,
+                parser,
+                lambda id_, stamp: not rebuild and id_ in old and old[id_][:2] == (source, self._hash(stamp)),
+                lambda done, total: self._progress(f"reading {self._corpus}", done, total),
+            )
+        documents = [item for item in found if isinstance(item, Document)]
+        problems = tuple(item for item in found if isinstance(item, Problem))
+        self._put(list(self._entries(documents, source)))
+        gone = _gone(old, source, found)
+        if gone:  # last: a document that only moved finds its vectors still there
             with self._store.change() as change:
                 change.remove(gone)
                 change.sweep()
-        stale = [d for d in documents if rebuild or old.get(d.id) != (source, new[d.id])]
-        self._put(list(self._entries(stale, source, new)))
-        changed = sum(d.id in old and old[d.id][1] != new[d.id] for d in documents)
         added = sum(d.id not in old for d in documents)
-        unchanged = len(documents) - added - changed
+        changed = sum(d.id in old and old[d.id][1] != self._hash(d.stamp) for d in documents)
+        unchanged = len(found) - len(problems) - added - changed
         passages, _ = self._store.counts()
-        return IngestReport(self._corpus, added, changed, len(gone), unchanged, passages, tuple(problems))
+        return IngestReport(self._corpus, added, changed, len(gone), unchanged, passages, problems)
 
     def add(self, document: Document, about: About | None) -> bool:
         """Puts one document into the corpus, or in place of the one with its id; no ingest of a folder takes it away.
@@ -107,30 +121,32 @@ class Ingest:
         meta = self._store.meta()
         if meta:
             check_embedder(self._corpus, meta, self._embedder)
-        new = {document.id: self._hash(document)}
         found = self._store.documents(document.id)
-        if found and (found[0].source, found[0].hash) == (ADDED, new[document.id]):
+        if found and (found[0].source, found[0].hash) == (ADDED, self._hash(document.stamp)):
             if about is None or about == found[0].about:
                 return False
             with self._store.change() as change:
                 change.describe(document.id, about)
             return True
-        self._put([replace(entry, about=about) for entry in self._entries([document], ADDED, new)])
+        self._put([replace(entry, about=about) for entry in self._entries([document], ADDED)])
         return True
 
-    def _hash(self, document: Document) -> str:
+    def _hash(self, stamp: str) -> str:
         """The hash of what a document says and how it is cut."""
-        digest = hashlib.sha256()
-        for part in (self._chunker.rule, document.title, document.text):
-            digest.update(part.encode())
-            digest.update(b"\0")
-        return digest.hexdigest()
+        return hashlib.sha256(f"{self._chunker.rule}\0{stamp}".encode()).hexdigest()
 
-    def _entries(self, documents: Sequence[Document], source: str, hashes: dict[str, str]) -> Iterator[Entry]:
+    def _entries(self, documents: Sequence[Document], source: str) -> Iterator[Entry]:
         for done, document in enumerate(documents, 1):
             pieces = self._chunker.cut(document.title, document.text, markdown=document.markdown)
-            size = len(document.text.encode())
-            yield Entry(document.id, source, document.title, hashes[document.id], pieces, document.id, size)
+            yield Entry(
+                document.id,
+                source,
+                document.title,
+                self._hash(document.stamp),
+                pieces,
+                path=document.path,
+                bytes=len(document.text.encode()),
+            )
             if done % _TELL_EVERY == 0 or done == len(documents):
                 self._progress(f"cutting {self._corpus}", done, len(documents))
 
@@ -176,6 +192,18 @@ class Ingest:
         lines = [f"{title}\n{text}" if title else text for title, text in texts]
         step = f"embedding {self._corpus}"
         return self._embedder.embed(lines, lambda done, _: self._progress(step, before + done, total))
+
+
+def parse_limits(settings: RetrievalSettings) -> Limits:
+    """What the settings let one file cost."""
+    return Limits(settings.file_mb << 20, settings.parse_mb << 20, settings.parse_s)
+
+
+def _gone(old: Mapping[str, tuple[str, str, str]], source: str, found: Sequence[Found]) -> list[str]:
+    """The documents of a source that are in it no more; those of a file that could not be read now are."""
+    here = {item.id for item in found if isinstance(item, Document | Same)}
+    kept = {item.file for item in found if isinstance(item, Problem) and item.kept}
+    return [id_ for id_, (was, _, path) in old.items() if was == source and id_ not in here and path not in kept]
 
 
 def check_embedder(corpus: str, meta: Meta, embedder: Embedder) -> None:
