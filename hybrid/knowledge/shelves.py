@@ -8,6 +8,7 @@ from pathlib import Path
 from hybrid.errors import ModelNotFound
 from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.examples import Shelf, rows_file
+from hybrid.types import Arm, Rights
 
 
 class Shelves:
@@ -36,9 +37,11 @@ class Shelves:
             kept = self._loaded[folder] = (written, Shelf.open(folder, self._embedder, self._cache))
         return kept[1]
 
-    def select(self, name: str | None) -> Sequence[Shelf]:
-        """The shelf named, or all of them."""
-        return [self.get(name)] if name else [self.get(n) for n in self.names()]
+    def select(self, name: str | None, rights: Rights) -> Sequence[Shelf]:
+        """The shelf named, or all of those that a caller may use."""
+        if name:
+            return [self.get(name)]
+        return [self.get(n) for n in self.names() if rights.may(Arm("few_shot", (n,)))]
 
 
 def _written(folder: Path) -> int:

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
+from hybrid.server.access import caller
 from hybrid.server.house import house
 
 router = APIRouter(tags=["health"])
@@ -33,7 +34,7 @@ async def readyz(request: Request) -> Response:
 @router.get("/v1/status")
 async def status(request: Request) -> Response:
     """Engine, adapters with their states, corpora, gate, jobs, versions."""
-    return JSONResponse(await asyncio.to_thread(house(request).gateway.status))
+    return JSONResponse(await asyncio.to_thread(house(request).gateway.status, caller(request).id))
 
 
 @router.get("/metrics")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from pathlib import Path
 from typing import Any, Literal
@@ -10,10 +11,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from hybrid.errors import BadRequest, ModelNotFound
-from hybrid.server.access import require_admin
+from hybrid.server.access import caller, require_admin
 from hybrid.server.body import kind_of, read_json
 from hybrid.server.chat import body_schema
 from hybrid.server.house import house
+from hybrid.types import JSON
 
 router = APIRouter(tags=["models"])
 
@@ -24,16 +26,20 @@ MAX_INPUT_CHARS = 100_000
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
     """Everything that can be asked for by name."""
-    return JSONResponse({"object": "list", "data": house(request).gateway.models()})
+    return JSONResponse({"object": "list", "data": await asyncio.to_thread(_models, request)})
 
 
 @router.get("/v1/models/{name:path}")
 async def get_model(request: Request, name: str) -> Response:
     """One of them."""
-    for model in house(request).gateway.models():
+    for model in await asyncio.to_thread(_models, request):
         if model["id"] == name:
             return JSONResponse(model)
     raise _unknown(name)
+
+
+def _models(request: Request) -> list[JSON]:
+    return house(request).gateway.models(caller(request).id)
 
 
 @router.delete("/v1/models/{name:path}")

@@ -39,7 +39,7 @@ def _book(request: Request) -> JobBook:
 async def create(request: Request) -> Response:
     """A new job. The same `Idempotency-Key` with the same body gives the job that was made first."""
     here, who = house(request), caller(request)
-    order = read_order(await read_json(request), here.gateway)
+    order = read_order(await read_json(request), here.gateway, here.gateway.keys.rights(who.id))
     key = request.headers.get("idempotency-key")
     if key is not None and not 1 <= len(key) <= _MAX_KEY:
         raise BadRequest(f"Idempotency-Key has 1 to {_MAX_KEY} characters.", param="Idempotency-Key")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hybrid.errors import BadRequest
+from hybrid.errors import BadRequest, NotFound
 from hybrid.gateway import Gateway
 from hybrid.lifecycle.orders import Order
 from hybrid.server.body import kind_of
 from hybrid.training.recipes import Recipe
-from hybrid.types import JSON
+from hybrid.types import JSON, Rights
 
 #: OpenAI's word for a method → ours; ours can be said outright in `hybrid.method`
 _METHODS = {"supervised": None, "dpo": "dpo"}
@@ -19,8 +19,8 @@ _OURS = ("name", "promote")
 _MAX_PAIRS, _MAX_KEY, _MAX_VALUE, _MAX_SUFFIX = 16, 64, 512, 64
 
 
-def read_order(body: JSON, gateway: Gateway) -> Order:
-    """The order in a body. Raises BadRequest naming the field, ModelNotFound."""
+def read_order(body: JSON, gateway: Gateway, rights: Rights) -> Order:
+    """The order in a body. Raises BadRequest naming the field, ModelNotFound for what the caller may not use."""
     extras = _object(body, "hybrid")
     method = _object(body, "method")
     kind = method.get("type", "supervised")
@@ -31,8 +31,9 @@ def read_order(body: JSON, gateway: Gateway) -> Order:
     if (ours := _METHODS[kind]) is not None:
         overrides["method"] = ours
     overrides |= {key: value for key, value in extras.items() if key not in _OURS}
-    if (parent := _parent(body, gateway)) is not None:
+    if (parent := _parent(body, gateway, rights)) is not None:
         overrides["init_from"] = parent
+    _check_sources(body, overrides, gateway, rights)
     seed = body.get("seed")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
         raise BadRequest("`seed` is a whole number from 0.", param="seed")
@@ -51,10 +52,21 @@ def read_order(body: JSON, gateway: Gateway) -> Order:
     )
 
 
-def _parent(body: JSON, gateway: Gateway) -> str | None:
+def _check_sources(body: JSON, overrides: Mapping[str, Any], gateway: Gateway, rights: Rights) -> None:
+    """A job learns from no adapter and no corpus that its caller may not use; an adapter's corpus has its name."""
+    if rights.admin:
+        return
+    if (parent := overrides.get("init_from")) is not None:
+        gateway.names.arm(str(parent), rights)
+    for corpus in (overrides.get("corpus"), _object(body, "hybrid").get("name"), body.get("suffix")):
+        if isinstance(corpus, str) and corpus in rights.hidden:
+            raise NotFound(f"There is no corpus {corpus[:80]!r} for this key.", param="corpus")
+
+
+def _parent(body: JSON, gateway: Gateway, rights: Rights) -> str | None:
     """The adapter version to go on from, when `model` is one; None for the base. Raises ModelNotFound, BadRequest."""
     model = _text(body, "model")
-    arm = gateway.names.arm(model)
+    arm = gateway.names.arm(model, rights)
     if arm is not None and arm.strategy == "base":
         return None
     if arm is None or arm.strategy != "adapter" or arm.adapter is None:

@@ -16,7 +16,7 @@ from hybrid.prompts import within_budget
 from hybrid.settings import Settings
 from hybrid.strategies import STRATEGIES
 from hybrid.strategies.panel import Panel
-from hybrid.types import Arm, Event, Finished, Message, Passage, Request, Token, Usage
+from hybrid.types import Arm, Event, Finished, Message, Passage, Request, Rights, Token, Usage
 
 
 class Bound:
@@ -30,7 +30,7 @@ class Bound:
         settings: Settings,
         engine: Engine,
         library: Library,
-        shelves: Callable[[str | None], Sequence[Shelf]],
+        shelves: Callable[[str | None, Rights], Sequence[Shelf]],
         count_tokens: Callable[[str], int],
         adapters: Mapping[str, str],
         instruction: str,
@@ -152,10 +152,10 @@ class Bound:
             self.usage += usage
 
     async def search(self, corpus: str | None, query: str, k: int) -> tuple[Passage, ...]:
-        return await asyncio.to_thread(self._library.search, corpus, query, k)
+        return await asyncio.to_thread(self._library.search, corpus, query, k, rights=self._request.rights)
 
     async def examples(self, task: str | None, query: str, k: int) -> tuple[tuple[str, str], ...]:
-        shelves = self._shelves(task)
+        shelves = self._shelves(task, self._request.rights)
 
         def nearest() -> tuple[tuple[str, str], ...]:
             vector = self._library.embedder.embed_query(query)
