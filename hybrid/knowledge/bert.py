@@ -1,8 +1,8 @@
 """BERT's encoder (Devlin et al. 2019, arXiv 1810.04805) as plain tensors, for a processor that has little time.
 
-A short query spends more time around the products of a framework's BERT than in them. Here a layer is nine calls;
-its weights lie in the order in which the processor's kernels read them (packed once, not at every product), and
-attention is written out, because torch's fused kernel is half as fast with heads as narrow as a small embedder's.
+A short query spends more time around the products of a framework's BERT than in them. Here a layer is its arithmetic
+and no more. Its weights lie in the order in which the processor's kernels read them, packed once and not at every
+product, and attention is written out: torch's fused kernel is half as fast with heads as narrow as a small embedder's.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-#: padded lengths are multiples: a kernel is made for a shape, which takes longer than a query
-STEP = 8
+#: padded lengths are multiples: a kernel is made for each shape, which takes longer than a query
+MULTIPLE = 8
 
-Product = Callable[..., "Tensor"]
-Norm = Callable[["Tensor"], "Tensor"]
+Step = Callable[["Tensor"], "Tensor"]
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
     """One block: attention and a feed-forward net, each added to its input and normed."""
 
-    qkv: Product
-    out: Product
-    normed: Norm
-    wide: Product
-    narrow: Product
-    normed_again: Norm
+    qkv: Step
+    out: Step
+    normed: Step
+    wide: Step
+    narrow: Step
+    normed_again: Step
 
 
 class Bert:
@@ -74,8 +73,8 @@ class Bert:
         # what is padded gets no attention
         hidden = (1 - mask).float().mul_(torch.finfo(torch.float32).min)[:, None, None, :]
         for layer in self._layers:
-            x = layer.normed(layer.out(self._attend(layer.qkv(x), hidden), add=x))
-            x = layer.normed_again(layer.narrow(layer.wide(x), add=x))
+            x = layer.normed(layer.out(self._attend(layer.qkv(x), hidden)).add_(x))
+            x = layer.normed_again(layer.narrow(layer.wide(x)).add_(x))
         return x.view(n, length, -1).float()
 
     def _attend(self, qkv: Tensor, hidden: Tensor) -> Tensor:
@@ -91,8 +90,8 @@ class Bert:
         return mixed.transpose(1, 2).reshape(n * length, -1)
 
 
-def _layer(state: Mapping[str, Tensor], name: str, heads: int, norm: Callable[[str], Norm], dtype: Any) -> _Layer:
-    def product(*parts: str, gelu: bool = False, scale: Sequence[float] = (1.0,)) -> Product:
+def _layer(state: Mapping[str, Tensor], name: str, heads: int, norm: Callable[[str], Step], dtype: Any) -> _Layer:
+    def product(*parts: str, gelu: bool = False, scale: Sequence[float] = (1.0,)) -> Step:
         import torch
 
         pairs = [(state[f"{name}.{part}.weight"], state[f"{name}.{part}.bias"]) for part in parts]
@@ -113,10 +112,10 @@ def _layer(state: Mapping[str, Tensor], name: str, heads: int, norm: Callable[[s
     )
 
 
-def _norms(state: Mapping[str, Tensor], eps: float) -> Callable[[str], Norm]:
+def _norms(state: Mapping[str, Tensor], eps: float) -> Callable[[str], Step]:
     import torch
 
-    def norm(name: str) -> Norm:
+    def norm(name: str) -> Step:
         weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
         return lambda x: torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps)
 
@@ -140,35 +139,24 @@ def onednn() -> bool:
     return bool(backend.is_available() and backend.enabled)
 
 
-def _product(weight: Tensor, bias: Tensor, gelu: bool) -> Product:
-    """`x @ weight.T + bias`, with GELU after it, or `add` added."""
+def _product(weight: Tensor, bias: Tensor, gelu: bool) -> Step:
+    """`x @ weight.T + bias`, with or without GELU after it."""
     return _packed(weight, bias, gelu) if onednn() else _plain(weight, bias, gelu)
 
 
-def _packed(weight: Tensor, bias: Tensor, gelu: bool) -> Product:
+def _packed(weight: Tensor, bias: Tensor, gelu: bool) -> Step:
     import torch
 
     ops: Any = torch.ops.mkldnn
     packed = ops._reorder_linear_weight(weight)
     after = "gelu" if gelu else "none"
-
-    def product(x: Tensor, add: Tensor | None = None) -> Tensor:
-        if add is None:
-            done: Tensor = ops._linear_pointwise(x, packed, bias, after, [], "none")
-        else:
-            done = ops._linear_pointwise.binary(x, add, packed, bias, "add")
-        return done
-
-    return product
+    return lambda x: ops._linear_pointwise(x, packed, bias, after, [], "none")
 
 
-def _plain(weight: Tensor, bias: Tensor, gelu: bool) -> Product:
+def _plain(weight: Tensor, bias: Tensor, gelu: bool) -> Step:
     import torch
 
-    def product(x: Tensor, add: Tensor | None = None) -> Tensor:
-        done = torch.nn.functional.linear(x, weight, bias)
-        if gelu:
-            done = torch.nn.functional.gelu(done)
-        return done if add is None else done + add
-
-    return product
+    linear = torch.nn.functional.linear
+    if gelu:
+        return lambda x: torch.nn.functional.gelu(linear(x, weight, bias))
+    return lambda x: linear(x, weight, bias)
