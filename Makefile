@@ -18,8 +18,9 @@ install: .venv/.installed
 run: install
 	$(BIN)/hybrid serve $(ARGS)
 
+# Two workers, as most tests wait for a process of theirs; those of the real engine share one.
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 check: install
 	$(BIN)/ruff check .
