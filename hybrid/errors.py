@@ -20,6 +20,7 @@ HybridError
 │   ├── Overloaded        503  overloaded              (+ Retry-After)
 │   └── Draining          503  draining                (+ Retry-After)
 ├── EngineTimeout         504  engine_timeout
+├── StorageError          507  storage_error           (a disk that is full, failing or read-only; a damaged file)
 └── SetupError            exit code 3: something on this machine is missing
 """
 
@@ -202,6 +203,13 @@ class EngineTimeout(HybridError):
     status = 504
     code = "engine_timeout"
     retry_after = 1.0
+
+
+class StorageError(HybridError):
+    """The disk is full, fails or cannot be written, or a file is not what was written. What was committed stays."""
+
+    status = 507
+    code = "storage_error"
 
 
 class SetupError(HybridError):

@@ -11,168 +11,31 @@ import logging
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
-from hybrid.errors import BadRequest, HybridError, NotFound, Refused
+from hybrid.errors import BadRequest, Conflict, HybridError, NotFound, Refused
+from hybrid.knowledge import backup
+from hybrid.knowledge.corpus import Corpus, CorpusInfo, corpus_lock
 from hybrid.knowledge.embed import Embedder, Vectors
+from hybrid.knowledge.faults import spoken
 from hybrid.knowledge.filters import Matches
-from hybrid.knowledge.index import Snapshot, build, extended, load
-from hybrid.knowledge.ingest import Ingest, IngestReport, Progress, check_embedder, parse_limits
+from hybrid.knowledge.ingest import Ingest, IngestReport, Progress, parse_limits
 from hybrid.knowledge.read import one_document
-from hybrid.knowledge.store import About, DocumentInfo, Meta, Store
-from hybrid.knowledge.visible import Holdings, Visible
+from hybrid.knowledge.store import About, DocumentInfo
 from hybrid.rooms import Home, check_name
 from hybrid.settings import RetrievalSettings
 from hybrid.types import JSON, Passage, Rights
 
 log = logging.getLogger("hybrid.knowledge")
 
-#: so many passages are searched in memory beside a generation before the next one is published
-FRESH = 1024
-
 #: who runs commands here, and trains
 OWNER = Rights()
 
 Query = str | np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class CorpusInfo:
-    """A corpus as it is listed."""
-
-    name: str
-    passages: int
-    documents: int
-    generation: int
-    embedder: str
-    bytes: int = 0
-
-    def wire(self) -> JSON:
-        return asdict(self)
-
-
-class _Corpus:
-    """One corpus open for reading, and for mending its generation when that turns out damaged."""
-
-    def __init__(self, name: str, folder: Path, embedder: Embedder) -> None:
-        self.name = name
-        self.store = Store(folder / "store.db")
-        self._folder = folder
-        self._embedder = embedder
-        self._lock = threading.Lock()
-        self._snapshot: Snapshot | None = None
-        self._counts = (-1, 0, 0, 0)
-        self._holdings: Holdings | None = None
-
-    def info(self) -> CorpusInfo:
-        meta = self.store.meta() or Meta(0, 0, "", "", "", 0)
-        if self._counts[0] != meta.revision:
-            self._counts = (meta.revision, *self.store.counts(), self.store.size())
-        _, passages, documents, size = self._counts
-        return CorpusInfo(self.name, passages, documents, meta.generation, meta.embedder, size)
-
-    def meta(self) -> Meta:
-        """The row of `meta`. Raises Refused when the vectors are another embedder's."""
-        meta = self.store.meta()
-        if meta is None:
-            raise NotFound(f"The corpus {self.name!r} is empty; run `hybrid index DIR --name {self.name}`.")
-        check_embedder(self.name, meta, self._embedder)
-        return meta
-
-    def snapshot(self) -> Snapshot:
-        """What is committed now."""
-        meta = self.meta()
-        current = self._snapshot
-        if current and current.revision == meta.revision:
-            return current
-        with self._lock:
-            current = self._snapshot
-            if current is None or current.generation != meta.generation:
-                current, meta = self._open(meta)
-            if current.revision != meta.revision:
-                current = extended(current, meta, self.store)
-            self._snapshot = current
-            return current
-
-    def visible(self, rights: Rights, matches: Matches | None = None) -> Visible | None:
-        """What a caller may find here; None for everything."""
-        if rights.admin and matches is None:
-            return None
-        revision, held = self.meta().revision, self._holdings
-        if held is None or held.revision != revision:
-            held = self._holdings = Holdings(revision, *self.store.holdings())
-        return held.visible(rights, matches)
-
-    def search(self, vector: Vectors, k: int, rights: Rights, matches: Matches | None = None) -> list[list[Passage]]:
-        """The `k` nearest texts that a caller may find, best first, each under all its ids."""
-        snapshot, visible = self.snapshot(), self.visible(rights, matches)
-        wanted = k
-        while True:
-            hits = snapshot.nearest(vector, wanted, visible.rows if visible else None)
-            named = self.store.passages([row for row, _ in hits])
-            if visible:
-                seen = {row: [p for p in group if p.document in visible.documents] for row, group in named.items()}
-                named = {row: group for row, group in seen.items() if group}
-            found = [(named[row], score) for row, score in hits if row in named]
-            if len(found) >= k or len(hits) < wanted:
-                break
-            wanted *= 2  # some hits were deleted since the snapshot
-        return [[replace(p, score=score, corpus=self.name) for p in group] for group, score in found[:k]]
-
-    def publish(self) -> None:
-        """Builds a generation unless the current one is whole and holds everything. The caller holds the lock."""
-        meta = self.meta()
-        with contextlib.suppress(Refused):
-            if load(self.generations, meta).revision == meta.revision:
-                return
-        build(self.generations, self.store)
-
-    def publish_when_due(self) -> None:
-        """Publishes once much was added or taken away since the last time. The caller holds the lock.
-
-        Until then what is new is searched in memory beside the generation, and what is gone is left out.
-        """
-        snapshot, held = self.snapshot(), self.info().passages
-        added = len(snapshot.fresh_rows)
-        gone = len(snapshot) - held
-        if added + gone > max(FRESH, held // 10):
-            self.publish()
-
-    @property
-    def generations(self) -> Path:
-        return self._folder / "generations"
-
-    def _open(self, meta: Meta) -> tuple[Snapshot, Meta]:
-        """The current generation; a damaged one is built again from the store, which is always served from."""
-        from_store = Snapshot(meta.generation, -1, 0)
-        if meta.generation == 0:
-            return from_store, meta
-        try:
-            return load(self.generations, meta), meta
-        except Refused as error:
-            latest = self.meta()
-            if latest.generation != meta.generation:  # another process published and swept meanwhile
-                return self._open(latest)
-            log.warning("%s It is built again from the store.", error.message)
-        try:
-            with corpus_lock(self._folder, timeout=0):
-                build(self.generations, self.store)
-            latest = self.meta()
-            return load(self.generations, latest), latest
-        except (Timeout, OSError, HybridError) as error:
-            log.warning("%s is searched from the store: no new generation was built (%s).", self.name, error)
-            return from_store, meta
-
-
-def corpus_lock(folder: Path, timeout: float = -1) -> FileLock:
-    """The lock of whoever writes to a corpus; others wait for it. A crash frees it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / "store.lock", timeout=timeout)
 
 
 class Library:
@@ -182,7 +45,7 @@ class Library:
         self.embedder = embedder
         self._home = home
         self._settings = settings
-        self._open: dict[str, tuple[int, _Corpus]] = {}
+        self._open: dict[str, tuple[int, Corpus]] = {}
         self._opening = threading.Lock()
 
     def names(self) -> list[str]:
@@ -327,6 +190,41 @@ class Library:
                 file.unlink(missing_ok=True)
             shutil.rmtree(folder / "generations", ignore_errors=True)
 
+    def rename(self, name: str, new: str) -> None:
+        """Gives a corpus another name; one that holds nothing yet has none. Raises Conflict, Refused."""
+        folder, target = self._folder(name), self._folder(new)
+        if not (folder / "store.db").is_file():
+            return
+        with corpus_lock(folder), self._opening:
+            if (target / "store.db").exists():
+                raise Conflict(f"There is a corpus {new!r} already.", param="name")
+            opened = self._open.pop(name, None)
+            if opened:
+                opened[1].store.close()
+            shutil.rmtree(target, ignore_errors=True)
+            folder.rename(target)
+
+    def backup(self, name: str, file: Path) -> JSON:
+        """Writes all that a corpus has committed to one file, while others may write to it; returns what the file
+        says of itself. Raises NotFound, Conflict when the file exists, StorageError.
+        """
+        self._corpus(name)
+        return backup.write(self._folder(name) / backup.STORE, name, file)
+
+    def restore(self, file: Path, name: str | None = None) -> CorpusInfo:
+        """Makes a corpus of a backup, under its own name or another, once every byte of it is checked.
+
+        Raises Refused for a file that is none or is damaged, Conflict when the corpus exists, StorageError.
+        """
+        name = name or backup.named(file)
+        folder = self._folder(name)
+        with corpus_lock(folder):
+            backup.read(file, folder)
+            corpus = self._reopen(name)
+            with contextlib.suppress(Refused):  # another embedder's: whoever searches it is told the command
+                corpus.publish()
+        return corpus.info()
+
     def close(self) -> None:
         """Releases every connection."""
         with self._opening:
@@ -335,9 +233,10 @@ class Library:
             self._open.clear()
 
     @contextlib.contextmanager
-    def _writing(self, name: str, progress: Progress | None = None) -> Iterator[tuple[_Corpus, Ingest]]:
+    def _writing(self, name: str, progress: Progress | None = None) -> Iterator[tuple[Corpus, Ingest]]:
         """A corpus, made if need be, under its lock, with what writes to it."""
-        with corpus_lock(self._folder(name)):
+        folder = self._folder(name)
+        with spoken(folder), corpus_lock(folder):
             corpus = self._reopen(name)
             yield corpus, Ingest(name, corpus.store, self.embedder, self._settings, progress)
 
@@ -351,14 +250,14 @@ class Library:
     def _folder(self, name: str) -> Path:
         return self._home.index / check_name(name, "corpus")
 
-    def _corpus(self, name: str, rights: Rights = OWNER) -> _Corpus:
+    def _corpus(self, name: str, rights: Rights = OWNER) -> Corpus:
         """An open corpus. One that is not there and one that is not theirs are unknown alike. Raises NotFound."""
         if _can_name(name) and rights.sees(name) and (self._folder(name) / "store.db").is_file():
             return self._reopen(name)
         known = _known([known for known in self.names() if rights.sees(known)])
         raise NotFound(f"There is no corpus {name[:80]!r}. {known}", param="corpus")
 
-    def _reopen(self, name: str) -> _Corpus:
+    def _reopen(self, name: str) -> Corpus:
         """The open corpus, made if need be; opened anew when its file is another one than it was."""
         folder = self._folder(name)
         database = folder / "store.db"
@@ -367,7 +266,7 @@ class Library:
             inode = database.stat().st_ino if database.exists() else 0
             if opened and opened[0] == inode:
                 return opened[1]
-            corpus = _Corpus(name, folder, self.embedder)
+            corpus = Corpus(name, folder, self.embedder)
             self._open[name] = (database.stat().st_ino, corpus)
             return corpus
 

@@ -20,6 +20,7 @@ from sqlalchemy import Connection, Select, bindparam, delete, func, insert, sele
 
 from hybrid.knowledge.chunk import Piece
 from hybrid.knowledge.embed import Vectors
+from hybrid.knowledge.faults import speak, spoken
 from hybrid.knowledge.tables import SCHEMA, documents, meta, names, passages, schema
 from hybrid.state import open_sqlite, upgrade
 from hybrid.types import JSON, Passage
@@ -93,11 +94,16 @@ def text_hash(text: str) -> str:
 
 
 class Store:
-    """The SQLite file of one corpus. Reads need no lock; whoever writes holds the corpus's file lock."""
+    """The SQLite file of one corpus. Reads need no lock; whoever writes holds the corpus's file lock.
+
+    Every method raises StorageError where the disk is to blame.
+    """
 
     def __init__(self, path: Path) -> None:
-        upgrade(path, schema, SCHEMA)
-        self._engine = open_sqlite(path, schema)
+        with spoken(path):
+            upgrade(path, schema, SCHEMA)
+            self._engine = open_sqlite(path, schema)
+        speak(self._engine, path)
 
     def meta(self) -> Meta | None:
         """The row of `meta`, or None before the first ingest."""
