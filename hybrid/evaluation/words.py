@@ -9,6 +9,8 @@ from hybrid.evaluation.measured import AUTO
 from hybrid.types import JSON
 
 _LISTED = 4
+#: strategies as they are read, simple ones first
+_ORDER = ("base", "prompt", "few_shot", "head", "rag", "adapter", "adapter+rag", "mix", "self_moa", "moa")
 
 
 def summary(report: JSON) -> list[str]:
@@ -73,7 +75,8 @@ def markdown(report: JSON) -> str:
     """The report as text."""
     head = [f"# {report['suite']}", "", f"Base `{report['base_model']}`, gate `{report['gate'] or 'none'}`, "
             f"split `{report['split']}`. Intervals are 95 %.", "", *summary(report), ""]  # fmt: skip
-    parts = [_table("Overall: the mean over tasks", report["overall"], ("n",))] if report["overall"] else []
+    parts = [glance(report)]
+    parts += [_table("Overall: the mean over tasks", report["overall"], ("n",))] if report["overall"] else []
     if router := report["router"]:
         parts.append(_rows("Gate", ("", ""), [(name, _router_cell(value)) for name, value in router.items()]))
     parts += [*_compared(report), *_judged(report.get("judge") or {})]
@@ -83,6 +86,33 @@ def markdown(report: JSON) -> str:
         parts.append(_table(title, arms, ("n", "p50 ms", "p95 ms", "prompt", "completion", "calls", "errors")))
         parts += _apart(task)
     return "\n".join([*head, *parts])
+
+
+def glance(report: JSON) -> str:
+    """Tasks by strategies: the score of each strategy's best arm on a task, the highest of a task in bold."""
+    best = {name: _best_of_each(task["arms"]) for name, task in report["tasks"].items()}
+    strategies = list(dict.fromkeys(s for found in best.values() for s in found))
+    strategies.sort(key=lambda name: (name == AUTO, _ORDER.index(name) if name in _ORDER else len(_ORDER)))
+    rows = [
+        (f"{name} ({report['tasks'][name]['metric']})", *(_scored(found, strategy) for strategy in strategies))
+        for name, found in best.items()
+    ]
+    return _rows("At a glance: each strategy's best arm", ("task", *strategies), rows)
+
+
+def _best_of_each(arms: Mapping[str, JSON]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for arm, row in arms.items():
+        strategy = arm.partition(":")[0]
+        found[strategy] = max(row["score"], found.get(strategy, 0.0))
+    return found
+
+
+def _scored(found: Mapping[str, float], strategy: str) -> str:
+    if strategy not in found:
+        return "–"
+    score = f"{found[strategy]:.2f}"
+    return f"**{score}**" if found[strategy] == max(found.values()) else score
 
 
 def _router_cell(value: Any) -> str:
