@@ -17,11 +17,26 @@ from hybrid import __version__
 from hybrid.evaluation.asking import CALLER
 from hybrid.gateway import Gateway
 from hybrid.keys import Keys
+from hybrid.lifecycle.attacher import Attacher
+from hybrid.lifecycle.attachments import Attachments
+from hybrid.lifecycle.corpora import Corpora
 from hybrid.lifecycle.evaluations import EvaluationBook
 from hybrid.lifecycle.evaluator import Evaluator
 from hybrid.lifecycle.orders import Orders
 from hybrid.lifecycle.runner import Runner
-from hybrid.server import adapters, chat, decisions, errors, evaluations, files, health, models, tuning
+from hybrid.server import (
+    adapters,
+    chat,
+    decisions,
+    errors,
+    evaluations,
+    files,
+    health,
+    models,
+    tuning,
+    vector_files,
+    vector_stores,
+)
 from hybrid.server.access import Access
 from hybrid.server.house import House, Traffic
 from hybrid.server.limits import Door
@@ -32,8 +47,8 @@ from hybrid.training.jobs import JobBook
 
 log = logging.getLogger("hybrid.server")
 ROUTERS = (
-    chat.router, models.router, adapters.router, decisions.router, files.router, tuning.router, evaluations.router,
-    health.router,
+    chat.router, models.router, adapters.router, decisions.router, files.router, vector_files.router,
+    vector_stores.router, tuning.router, evaluations.router, health.router,
 )  # fmt: skip
 
 
@@ -41,16 +56,22 @@ def create_app(gateway: Gateway, settings: Settings, *, token: str | None = None
     """The app around a running gateway. `token` is an admin key that holds as long as this process (`server.json`)."""
     book = EvaluationBook(gateway.state)
     evaluator = _evaluator(gateway, settings, book)
+    corpora = Corpora(settings.rooms, gateway.state, gateway.library)
+    attachments = Attachments(gateway.state, corpora)
+    uploads = Files(settings.rooms, gateway.state)
+    attacher = Attacher(settings.rooms, attachments, uploads, busy=lambda: gateway.answering > 0)
     house = House(
         gateway,
         settings,
         Metrics(gateway.status),
         Traffic(),
-        Files(settings.rooms, gateway.state),
+        uploads,
         JobBook(gateway.state),
         Orders(settings, state=gateway.state, store=gateway.store),
         book,
         evaluator,
+        corpora,
+        attachments,
     )
     app = FastAPIOffline(
         title="hybrid",
@@ -58,7 +79,7 @@ def create_app(gateway: Gateway, settings: Settings, *, token: str | None = None
         description="OpenAI's API over one base model, many adapters and a gate; the model 'auto' lets it decide.",
         redirect_slashes=False,
         redoc_url=None,
-        lifespan=lambda _: beside(_runner(gateway, settings).run(), evaluator.run()),
+        lifespan=lambda _: beside(_runner(gateway, settings).run(), evaluator.run(), attacher.run()),
     )
     app.state.house = house
     for router in ROUTERS:

@@ -90,6 +90,13 @@ async def check(request: Request, file_id: str) -> Response:
 
 @router.delete("/v1/files/{file_id}")
 async def delete(request: Request, file_id: str) -> Response:
-    """Deletes a file; a job that was made from it keeps what it needs."""
-    await asyncio.to_thread(house(request).files.delete, file_id, caller(request).id)
+    """Deletes a file, and takes it out of every corpus; a job that was made from it keeps what it needs."""
+    here, who = house(request), caller(request).id
+
+    def gone() -> None:
+        here.files.get(file_id, who)
+        here.attachments.forget(file_id)
+        here.files.delete(file_id, who)
+
+    await asyncio.to_thread(gone)
     return JSONResponse({"id": file_id, "object": "file", "deleted": True})

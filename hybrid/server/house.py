@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from starlette.requests import Request
 
 from hybrid.gateway import Gateway
+from hybrid.lifecycle.attachments import Attachments
+from hybrid.lifecycle.corpora import Corpora
 from hybrid.lifecycle.evaluations import EvaluationBook
 from hybrid.lifecycle.evaluator import Evaluator
 from hybrid.lifecycle.orders import Orders
@@ -52,6 +54,8 @@ class House:
     orders: Orders
     evaluations: EvaluationBook
     evaluator: Evaluator
+    corpora: Corpora
+    attachments: Attachments
 
     @property
     def context(self) -> int:
