@@ -135,17 +135,19 @@ class Library:
         text: str | None = None,
         file: Path | None = None,
         about: About | None = None,
+        cut: tuple[int, int] | None = None,
     ) -> DocumentInfo:
         """Adds one document under an id of the caller's, or replaces it; the corpus is made when there is none.
 
         Its words are `text`, or a `file` of a type that is read (its name tells the type and stands in for a missing
         title). When this returns, the document is on disk and found by every process. Adding the same again does
         nothing; `about` may differ, and without it the document keeps what it had. An ingest of a folder never
-        takes it away. Raises DataError when there are no words to read, Refused for a name that cannot be one or a
-        changed embedder, NotFound never.
+        takes it away. `cut` are the tokens of a passage and of the overlap, where they are not the settings'.
+        Raises DataError when there are no words to read, Refused for a name that cannot be one or a changed
+        embedder, NotFound never.
         """
         read = one_document(document, title, text, file, parse_limits(self._settings))
-        with self._writing(name) as (corpus, ingest):
+        with self._writing(name, cut=cut) as (corpus, ingest):
             if ingest.add(read, about):
                 corpus.publish_when_due()
         return corpus.store.documents(document)[0]
@@ -233,12 +235,16 @@ class Library:
             self._open.clear()
 
     @contextlib.contextmanager
-    def _writing(self, name: str, progress: Progress | None = None) -> Iterator[tuple[Corpus, Ingest]]:
+    def _writing(
+        self, name: str, progress: Progress | None = None, cut: tuple[int, int] | None = None
+    ) -> Iterator[tuple[Corpus, Ingest]]:
         """A corpus, made if need be, under its lock, with what writes to it."""
         folder = self._folder(name)
+        size, overlap = cut or (self._settings.chunk_tokens, self._settings.overlap_tokens)
+        settings = self._settings.model_copy(update={"chunk_tokens": size, "overlap_tokens": overlap})
         with spoken(folder), corpus_lock(folder):
             corpus = self._reopen(name)
-            yield corpus, Ingest(name, corpus.store, self.embedder, self._settings, progress)
+            yield corpus, Ingest(name, corpus.store, self.embedder, settings, progress)
 
     def _vector(self, query: Query) -> Vectors:
         if isinstance(query, str):

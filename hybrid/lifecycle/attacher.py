@@ -86,9 +86,11 @@ class Attacher:
         """The bytes of text that the document holds."""
         corpus = self._corpora.get(row["corpus"], Rights())
         about = About(row["attributes"], row["caller"] if row["groups"] else "", tuple(row["groups"]))
+        static = row["chunking"]
+        cut = (static["max_chunk_size_tokens"], static["chunk_overlap_tokens"]) if static else None
         with self._named(row) as file:
             done = self._corpora.library.add_document(
-                corpus["name"], row["file"], title=row["filename"], file=file, about=about
+                corpus["name"], row["file"], title=row["filename"], file=file, about=about, cut=cut
             )
         return done.bytes
 

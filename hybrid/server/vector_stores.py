@@ -141,18 +141,18 @@ async def search(request: Request, store_id: str) -> Response:
 def _best(
     here: House, corpus: str, asked: list[str], limit: int, rights: Rights, matches: Matches | None
 ) -> list[Passage]:
-    """The best passages over all queries, each with its best score."""
-    best: dict[tuple[str, str], Passage] = {}
+    """The best passages over all queries: each at the best rank that a query gives it, with its best score."""
+    best: dict[tuple[str, str], tuple[int, Passage]] = {}
     for query in asked:
         try:
             hits = here.gateway.library.search(corpus, query, limit, every_id=True, rights=rights, matches=matches)
         except NotFound:
             return []  # nothing was put into it yet
-        for hit in hits:
-            key = (hit.document, hit.id)
-            if key not in best or best[key].score < hit.score:
-                best[key] = hit
-    return sorted(best.values(), key=lambda hit: -hit.score)[:limit]
+        for rank, hit in enumerate(hits):
+            place, known = best.get((hit.document, hit.id), (rank, hit))
+            best[hit.document, hit.id] = min(place, rank), max(known, hit, key=lambda one: one.score)
+    ranked = sorted(best.values(), key=lambda found: (found[0], -found[1].score))
+    return [hit for _, hit in ranked[:limit]]
 
 
 def _attributes(here: House, hit: Passage) -> JSON:
