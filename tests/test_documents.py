@@ -91,3 +91,11 @@ def test_D10_a_corpus_of_the_first_schema_is_upgraded_with_a_copy_beside_it(
     after.delete("town")
     assert not list(path.parent.glob("*.db*"))
     after.close()
+
+
+def test_passages_that_say_almost_the_same_are_grouped(library: Library) -> None:
+    fact = "The lighthouse on Gull Rock was lit for the first time in 1871 by Ada Merrow, and the lamp burnt whale oil."
+    texts = [fact, CLOCK, fact.replace("oil.", "oil!"), fact.replace("1871", "1872"), fact.upper(), FERRY]
+    for n, text in enumerate(texts):
+        library.add_document("town", f"d{n}", text=text)
+    assert [[p.id for p in group] for group in library.alike("town")] == [["d0", "d2", "d4"]]

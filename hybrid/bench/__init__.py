@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hybrid.bench import embed, gate, hotload, routing, startup, survive, train
+from hybrid.bench import embed, gate, hotload, ingest, routing, startup, survive, train
 from hybrid.bench import eval as evaluator
 from hybrid.bench.result import Result
 
@@ -28,6 +28,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "gate": Benchmark("What the gate's decisions are worth on a measured report, and among strangers.", gate.measure),
     "hotload": Benchmark("How soon a new adapter answers while streams run, and whether one breaks.", hotload.measure),
     "embed": Benchmark("How fast passages and questions become vectors, and how exact these are.", embed.measure),
+    "ingest": Benchmark("Whether an ingest that is killed loses or invents a document.", ingest.measure),
     "eval": Benchmark("How much of the engine's own speed the evaluator uses, on the same prompts.", evaluator.measure),
     "startup": Benchmark("How long a start takes, from the command to the first token.", startup.measure),
     "survive": Benchmark("Whether a training that is killed ends where one left alone ends.", survive.measure),

@@ -11,6 +11,7 @@ from hybrid.cli import (
     advise,
     ask,
     bench,
+    corpora,
     data,
     doctor,
     drift,
@@ -46,6 +47,7 @@ app.add_typer(drift.app, name="eval")
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(gate.app, name="gate")
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(corpora.app, name="corpora")
 app.add_typer(keys.app, name="keys")
 app.add_typer(tasks.app, name="tasks")
 app.add_typer(bench.app, name="bench")

@@ -18,6 +18,7 @@ from hybrid.bench.routing import Owned
 from hybrid.bench.train import RIVALS
 from hybrid.cli.say import bar, data, text
 from hybrid.errors import BadRequest, NotReady
+from hybrid.knowledge.embed import Embedder
 from hybrid.models import materialise
 from hybrid.rooms import Home
 from hybrid.settings import Settings, offline_environment, share_cores
@@ -192,6 +193,21 @@ def survive(
     with bar() as progress:
         run = BENCHMARKS["survive"].measure(source, settings=Settings.load(), sets=sets, kills=kills, progress=progress)
         _show(run, json_)
+
+
+@app.command("ingest", help=BENCHMARKS["ingest"].description)
+def ingest(
+    kills: Annotated[int, typer.Option(min=1, help="how often the writer is killed")] = 100,
+    seed: Annotated[int, typer.Option(help="the moments it is killed at")] = 0,
+    json_: Json = False,
+) -> None:
+    """Needs no server: it writes to a corpus of its own."""
+    settings = Settings.load()
+    offline_environment()
+    with bar() as progress:
+        model = materialise(settings.embedder, settings.cache, progress)
+        embedder = Embedder(model.path, model.name)
+        _show(BENCHMARKS["ingest"].measure(embedder, kills=kills, seed=seed, progress=progress), json_)
 
 
 def _show(run: Coroutine[Any, Any, Result], json_: bool) -> None:

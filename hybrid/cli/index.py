@@ -16,7 +16,8 @@ from hybrid.rooms import check_name
 from hybrid.settings import Settings, offline_environment
 
 
-def _library(settings: Settings) -> Library:
+def open_library(settings: Settings) -> Library:
+    """The corpora of a home, with the embedder that its settings name."""
     offline_environment()
     with bar() as progress:
         model = materialise(settings.embedder, settings.cache, progress)
@@ -37,7 +38,7 @@ def index(
         raise DataError(f"{folder} does not exist; give a folder of documents or one that holds a corpus.jsonl.")
     settings = Settings.load()
     corpus = check_name(name or folder.resolve().name, "corpus")
-    library = _library(settings)
+    library = open_library(settings)
     with bar() as progress:
         report = library.ingest(corpus, folder, progress=progress, rebuild=rebuild)
     if json_:
@@ -56,7 +57,7 @@ def search(
 
     hybrid search handbook "how is an adapter loaded" --k 3
     """
-    hits = _library(Settings.load()).search(corpus, query, k, every_id=True)
+    hits = open_library(Settings.load()).search(corpus, query, k, every_id=True)
     if json_:
         rows = [{"id": h.id, "title": h.title, "text": h.text, "score": round(h.score, 4)} for h in hits]
         data({"hits": rows})

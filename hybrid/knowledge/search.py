@@ -19,6 +19,7 @@ import numpy as np
 
 from hybrid.errors import BadRequest, Conflict, HybridError, NotFound, Refused
 from hybrid.knowledge import backup
+from hybrid.knowledge.alike import groups
 from hybrid.knowledge.corpus import Corpus, CorpusInfo, corpus_lock
 from hybrid.knowledge.embed import Embedder, Vectors
 from hybrid.knowledge.faults import spoken
@@ -81,9 +82,9 @@ class Library:
             raise NotFound("There is no corpus yet; `hybrid index DIR --name NAME` makes one.", param="corpus")
         corpora = [self._corpus(name, rights) for name in names]
         vector = self._vector(query)
-        groups = [group for found in corpora for group in found.search(vector, k, rights, matches)]
-        groups.sort(key=lambda group: -group[0].score)
-        return tuple(passage for group in groups[:k] for passage in (group if every_id else group[:1]))
+        ranked = [group for found in corpora for group in found.search(vector, k, rights, matches)]
+        ranked.sort(key=lambda group: -group[0].score)
+        return tuple(passage for group in ranked[:k] for passage in (group if every_id else group[:1]))
 
     def sample(self, name: str, limit: int, seed: int) -> tuple[tuple[Passage, ...], Vectors]:
         """At most `limit` passages of a corpus, chosen by `seed`, and their vectors float32 [n, dim]."""
@@ -103,6 +104,16 @@ class Library:
         """
         found = self._corpus(name).store.called(ids)
         return {key: [replace(passage, corpus=name) for passage in pieces] for key, pieces in found.items()}
+
+    def alike(self, name: str) -> list[list[Passage]]:
+        """Groups of passages that say almost the same, the largest first. Equal ones are one passage already.
+
+        Raises NotFound for an unknown corpus.
+        """
+        store = self._corpus(name).store
+        listed = [named[0] for named in store.passages(store.rows()).values()]
+        found = groups([passage.text for passage in listed])
+        return sorted(([replace(listed[n], corpus=name) for n in group] for group in found), key=len, reverse=True)
 
     def vectors(self, name: str, limit: int) -> Vectors:
         """The vectors of a sample of a corpus, float32 [n, dim]."""

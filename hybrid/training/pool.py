@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.errors import DataError
+from hybrid.knowledge.alike import Texts
 from hybrid.training.data import Splits
-from hybrid.training.duplicates import Texts
 from hybrid.training.formats import Item
 from hybrid.training.reader import BAD_LIMIT, ROWS, parsed_rows, some
 
