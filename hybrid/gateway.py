@@ -33,7 +33,7 @@ from hybrid.errors import BadRequest, HybridError, ModelNotFound, NotFound, NotR
 from hybrid.gate.decide import Decider, new_id
 from hybrid.gate.enrol import Enrolment
 from hybrid.gate.mixing import MIX, Mixer
-from hybrid.gate.published import live_version
+from hybrid.gate.published import FEEDBACK, live_version
 from hybrid.journal import Journal
 from hybrid.keys import Keys
 from hybrid.knowledge.search import Library
@@ -390,6 +390,7 @@ class Gateway:
             "gate": {
                 "arms": [str(arm) for arm in self.decider.gate.arms() if rights.may(arm)],
                 "version": live_version(self.settings.rooms),
+                "feedback": live_version(self.settings.rooms, FEEDBACK),
             },
             "jobs": self.state.jobs(caller=None if rights.admin else caller),
             "versions": catalog.versions(),

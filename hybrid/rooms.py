@@ -48,6 +48,7 @@ RESERVED = frozenset(
         "prn",
         "ft",
         "gate",
+        "gate-feedback",
     ]
 )
 

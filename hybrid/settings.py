@@ -75,6 +75,13 @@ class RetrievalSettings(_Section):
     chunk_tokens: int = Field(200, ge=16, description="a longer section is cut; the embedder's tokens")
     overlap_tokens: int = Field(0, ge=0, description="tokens that neighbouring pieces of a section share")
     passage_budget_tokens: int = Field(1100, description="tokens of passages in one prompt at most")
+    search: Literal["hybrid", "dense", "lexical"] = Field("hybrid", description="by meaning and words, or by one alone")
+    fusion: Literal["convex", "rrf"] = Field("convex", description="how the two become one list")
+    weight: float | None = Field(None, ge=0, le=1, description="what meaning counts (default: as tuned, or 0.6)")
+    rerank: bool = Field(True, description="a closer look at the best 30, where `hybrid corpora tune` taught one")
+    cross_encoder: str = Field("", description="the folder of a cross-encoder that takes the closer look instead")
+    mmr: float = Field(0.0, ge=0, lt=1, description="how much passages that say the same are kept apart; 0: not")
+    neighbours: int = Field(0, ge=0, le=5, description="pieces before and after each found one that are shown too")
     embed_batch: int = Field(512, ge=1, description="passages embedded and committed in one transaction")
     file_mb: int = Field(64, ge=1, description="a larger file is skipped; a corpus.jsonl may be of any size")
     parse_mb: int = Field(1024, ge=256, description="memory for reading one file, in MiB")
@@ -90,6 +97,8 @@ class GateSettings(_Section):
     abstain_below: float = Field(0.4, ge=0, le=1, description="a narrow arm less likely than this is not taken")
     stay_margin: float = Field(0.15, ge=0, le=1, description="a conversation changes its arm for a larger gain only")
     cascade: float = Field(0.0, ge=0, le=1, description="a cheaper arm is tried first and kept if this sure; 0: never")
+    explore: float = Field(0.0, ge=0, le=0.2, description="how often another arm within reach is tried, to learn")
+    adjust_within: float = Field(0.1, ge=0, le=0.5, description="how far feedback may move a score; 0 not at all")
     few_shot_k: int = Field(4, ge=1, le=32)
     mix_top_k: int = Field(2, ge=1, le=8, description="adapters in a mix that the gate weighs")
     mix_balance: float = Field(0.0, ge=0, description="how far, in nats, the load may change which adapters are mixed")
@@ -146,6 +155,7 @@ class TrainingSettings(_Section):
     checkpoint_s: float = Field(30.0, ge=0, description="seconds between checkpoints of a run at least")
     jobs: int = Field(1, ge=1, le=64, description="jobs that train at once")
     measure: bool = Field(True, description="measure new versions on their dev split while the server is idle")
+    loop: bool = Field(True, description="then teach the gate with what is new, where `measure` is on")
 
 
 class Settings(BaseSettings):

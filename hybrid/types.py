@@ -121,6 +121,22 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Scores:
+    """What each stage of a search made of a passage: the cosine, BM25 (0 where no word is shared), the two together,
+    and the closer look (None where there was none)."""
+
+    dense: float
+    lexical: float = 0.0
+    fused: float = 0.0
+    rerank: float | None = None
+
+    def wire(self) -> JSON:
+        """As a search shows them."""
+        values = {name: getattr(self, name) for name in ("dense", "lexical", "fused", "rerank")}
+        return {name: None if value is None else round(value, 4) for name, value in values.items()}
+
+
+@dataclass(frozen=True, slots=True)
 class Passage:
     """A piece of a corpus. `score` is the cosine similarity to the query, -1 to 1 (0 where none was asked)."""
 
@@ -130,6 +146,7 @@ class Passage:
     score: float = 0.0
     corpus: str = ""
     document: str = ""
+    scores: Scores | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +258,12 @@ class Decision:
     vector: bytes | None = field(default=None, repr=False)
     #: a cheaper arm that is asked first and answers if it is sure (a cascade)
     first: Arm | None = None
+    #: the probability with which the gate takes this arm for such a request, above 0; 1 without exploration
+    propensity: float = 1.0
+    #: how far feedback moved the scores, by arm
+    adjusted: Mapping[str, float] = field(default_factory=dict)
+    #: the version of the taught gate that scored; None without one
+    gate: int | None = None
 
     def wire(self) -> JSON:
         """The public record: what `/v1/route` and `/v1/decisions/{id}` return."""
@@ -255,6 +278,9 @@ class Decision:
             "adapter": self.adapter,
             "route_ms": self.route_ms,
             "neighbours": [dict(n) for n in self.neighbours],
+            "propensity": self.propensity,
+            "adjusted": dict(self.adjusted),
+            "gate": self.gate,
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,8 +13,13 @@ from hybrid.errors import Refused
 from hybrid.gate import bandit
 from hybrid.gate.bandit import Bandit
 from hybrid.gate.feedback import HOLDOUT, Rewards, held_out, read_rewards, split
+from hybrid.gate.model import Scores
 from hybrid.gate.ope import Logged, compare, values
+from hybrid.gate.policy import Policy
+from hybrid.settings import GateSettings
 from hybrid.state import State
+from hybrid.types import PROMPT as PROMPT_ARM
+from hybrid.types import Arm, Knobs
 
 DIM = 32
 BANK, PROMPT = "adapter:bank", "prompt"
@@ -193,6 +199,34 @@ def test_what_rewards_taught_is_the_same_on_disk() -> None:
         Bandit.load({**taught.tensors(), "mean": taught.mean[:, :1]})
     with pytest.raises(Refused, match="cannot be read"):
         Bandit.load({})
+
+
+# --- exploration -----------------------------------------------------------------------------------------------------
+
+
+def test_exploration_tries_what_is_within_reach_and_logs_how_likely_that_was() -> None:
+    best, near, far = (Arm("adapter", (name,)) for name in ("best", "near", "far"))
+    scores = Scores({PROMPT_ARM: 0.1, best: 0.9, near: 0.85, far: 0.3}, stranger=0.1)
+    dice = np.random.default_rng(0)
+    policy = Policy(GateSettings(explore=0.2), lambda: float(dice.random()))
+    found = [policy.choose(scores, allowed=lambda _: True, knobs=Knobs()) for _ in range(2000)]
+    taken = Counter(choice.arm for choice in found)
+    assert set(taken) == {best, near}
+    assert taken[near] / 2000 == pytest.approx(0.2, abs=0.03)
+    assert {choice.arm: choice.propensity for choice in found} == {best: 0.8, near: 0.2}
+    assert all(choice.reason.startswith("explored") == (choice.arm == near) for choice in found)
+
+
+@pytest.mark.parametrize("explore", [0.0, 0.2])
+def test_nothing_is_tried_where_it_is_off_or_a_conversation_has_its_arm_or_no_arm_is_trusted(explore: float) -> None:
+    best, near = Arm("adapter", ("best",)), Arm("adapter", ("near",))
+    policy = Policy(GateSettings(explore=explore), lambda: 0.0)
+    sure = Scores({PROMPT_ARM: 0.1, best: 0.9, near: 0.85}, stranger=0.1)
+    unsure = Scores({PROMPT_ARM: 0.3, best: 0.35, near: 0.34}, stranger=0.3)
+    for scores, kept in ((sure, best), (unsure, None)) if explore else ((sure, None),):
+        choice = policy.choose(scores, allowed=lambda _: True, knobs=Knobs(), kept=kept)
+        assert choice.arm == (best if scores is sure else PROMPT_ARM)
+        assert choice.propensity == 1.0
 
 
 # --- off-policy ------------------------------------------------------------------------------------------------------

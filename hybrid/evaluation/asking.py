@@ -108,6 +108,9 @@ class Offer:
             facts += [_identity(row) for row in heads]
         if strategy not in _READS:
             facts += [[_routed(row) for row in self.status["adapters"]], list(self.corpora.values())]
+            facts += [self.settings["explore"]] if self.settings.get("explore") else []
+            if (said := self.status["gate"].get("feedback")) is not None:
+                facts += [said, self.settings["adjust_within"]]
             facts += [self.status["gate"].get("version"), [m for m in self.models if m.startswith("few_shot:")]]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -122,6 +125,8 @@ def _routed(row: JSON) -> list[Any]:
     return [*_identity(row), row["alias"], row["state"] in ("rejected", "retired"), bool(reason)]
 
 
+#: the settings of the gate that matter only where it explores or feedback taught it
+_OF_USE = ("explore", "adjust_within")
 #: the settings that the answers of whatever asks the gate depend on
 _ROUTED = ("system_prompt", "few_shot_k", "retrieval", "gate")
 #: strategy → the settings that its answers depend on, where it does not ask the gate
@@ -142,7 +147,8 @@ def shown_settings(settings: Settings) -> JSON:
         "system_prompt": settings.system_prompt,
         "few_shot_k": settings.gate.few_shot_k,
         "retrieval": settings.retrieval.model_dump(mode="json"),
-        "gate": settings.gate.model_dump(mode="json", exclude={"deadline_ms", "log_vectors"}),
+        "gate": settings.gate.model_dump(mode="json", exclude={"deadline_ms", "log_vectors", *_OF_USE}),
+        **{name: getattr(settings.gate, name) for name in _OF_USE},
         "moa": settings.moa.model_dump(mode="json", exclude={"max_calls", "max_tokens"}),
     }
 

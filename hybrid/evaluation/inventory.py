@@ -12,7 +12,7 @@ from hybrid import catalog
 from hybrid.adapters.store import AdapterStore
 from hybrid.boot import example_folders
 from hybrid.evaluation.asking import Offer, shown_settings
-from hybrid.gate.published import live_version
+from hybrid.gate.published import FEEDBACK, live_version
 from hybrid.knowledge.search import Library
 from hybrid.models import ModelFiles
 from hybrid.settings import Settings
@@ -33,7 +33,7 @@ def home_offer(
         "engine": {"model": model.name},
         "adapters": [catalog.adapter(v, store.alias(v.name), measured.get(v.id)) for v in store.versions()],
         "corpora": catalog.corpora(library),
-        "gate": {"version": live_version(settings.rooms)},
+        "gate": {"version": live_version(settings.rooms), "feedback": live_version(settings.rooms, FEEDBACK)},
     }
     return Offer(models, status, shown_settings(settings), model.sha256)
 

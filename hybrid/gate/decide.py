@@ -72,6 +72,9 @@ class Decider:
             neighbours=tuple(scores.neighbours),
             vector=vector,
             first=choice.first,
+            propensity=choice.propensity,
+            adjusted={str(arm): round(moved, 4) for arm, moved in scores.adjusted.items()},
+            gate=self.gate.taught.version if self.gate.taught else None,
         )
 
     def _score(self, request: Request) -> Scores:
@@ -79,9 +82,9 @@ class Decider:
         if len(arms) <= 1:  # nothing to choose between: nothing to compute
             return Scores.only(arms)
         vector = self._library.embedder.embed_query(request.query)
-        if request.rights.admin:
-            return self.gate.score(request.query, vector)
-        return self.gate.score(request.query, vector, self._found(arms, vector, request.rights))
+        found = None if request.rights.admin else self._found(arms, vector, request.rights)
+        scores, bandit = self.gate.score(request.query, vector, found), self.gate.bandit
+        return scores.moved(bandit.adjust(vector, self._settings.adjust_within)) if bandit else scores
 
     def _found(self, arms: Sequence[Arm], vector: Vectors, rights: Rights) -> dict[str, Sequence[Passage]]:
         """The best passages by corpus that the caller may see: a corpus is not judged by what is hidden in it."""
@@ -117,7 +120,8 @@ def permitted(scores: Scores, rights: Rights) -> Scores:
     ours = {arm: score for arm, score in scores.by_arm.items() if rights.may(arm)}
     named = set(map(str, ours))
     near = [neighbour for neighbour in scores.neighbours if neighbour.get("arm") in named]
-    return replace(scores, by_arm=ours, neighbours=near)
+    moved = {arm: by for arm, by in scores.adjusted.items() if arm in ours}
+    return replace(scores, by_arm=ours, neighbours=near, adjusted=moved)
 
 
 def new_id() -> str:

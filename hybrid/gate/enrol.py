@@ -25,7 +25,7 @@ from hybrid.gate.general import general_lines, general_vectors, outside_lines, o
 from hybrid.gate.kept import fingerprint, keep, kept
 from hybrid.gate.learned import Learned
 from hybrid.gate.model import Gate, Weights
-from hybrid.gate.published import live_version, load_learned
+from hybrid.gate.published import FEEDBACK, live_version, load_bandit, load_learned
 from hybrid.gate.taught import Taught, task_owner
 from hybrid.gate.train import train_gate
 from hybrid.knowledge.search import Library
@@ -42,7 +42,7 @@ class Enrolment:
 
     `warm` is set once the first comparison is done: until then no request should be routed. `measured` gives the
     records of versions that were measured; one with a `reason` not to be used is not enrolled.
-    `pinned` is a version of the taught gate to use in place of the live one.
+    `pinned` is a version of the taught gate to use in place of the live one, `candidate` one that is not published.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Enrolment:
         cache: Path,
         measured: Callable[[], Mapping[str, Mapping[str, Any]]] = dict,
         pinned: int | None = None,
+        candidate: Learned | None = None,
     ) -> None:
         self.gate = Gate()
         self.warm = False
@@ -66,8 +67,10 @@ class Enrolment:
         self._measured = measured
         self._pinned = pinned
         self._seen: dict[Arm, str] = {}
+        self._candidate = candidate
         self._learned: Learned | None = None
         self._version: int | None = None
+        self._feedback: int | None = None
         self._lock = threading.Lock()
 
     def refresh(self) -> None:
@@ -81,6 +84,7 @@ class Enrolment:
             if changed or gone:
                 self._apply(changed, gone)
             self.gate.taught = taught
+            self._take_feedback()
             self.warm = True
 
     def _apply(self, changed: Mapping[Arm, tuple[str, Callable[[], object]]], gone: list[Arm]) -> None:
@@ -119,6 +123,8 @@ class Enrolment:
     def _taught(self, adapters: Mapping[Arm, object]) -> Taught | None:
         """The live taught gate, as far as its arms are on offer now; None where there is none that can be used."""
         version = live_version(self._home) if self._pinned is None else self._pinned
+        if self._candidate is not None:  # a number of its own: what it enrols is told apart from that of versions
+            version = -1 - int(self._candidate.taught.sum() % 2**31)
         if version != self._version:
             self._version, self._learned = version, self._load(version)
         if self._learned is None:
@@ -129,12 +135,26 @@ class Enrolment:
         return Taught.of(self._learned, frozenset(self._offered()), frozenset(at_home), version or 0)
 
     def _load(self, version: int | None) -> Learned | None:
+        if self._candidate is not None:
+            return self._candidate
         try:
             found = load_learned(self._home, version=version, embedder=self._library.embedder.digest)
         except HybridError as error:
             log.warning("the gate is not used: %s", error.message)
             return None
         return found[0] if found else None
+
+    def _take_feedback(self) -> None:
+        """Lets what feedback taught adjust the scores, in the version that is live."""
+        version = live_version(self._home, FEEDBACK)
+        if version == self._feedback:
+            return
+        self._feedback = version
+        try:
+            self.gate.bandit = load_bandit(self._home, self._library.embedder.digest)
+        except HybridError as error:
+            log.warning("feedback is not used: %s", error.message)
+            self.gate.bandit = None
 
     def _offered(self) -> Iterator[Arm]:
         """Every arm that the gate may choose if outcomes speak for it. What was measured worse is left out."""

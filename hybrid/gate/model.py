@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from hybrid.gate.bandit import Bandit
 from hybrid.gate.bank import PASSAGE_SAMPLE, Bank, Messages, sample
 from hybrid.gate.features import COLUMNS, NEAREST, Corpus, Numbers, Search, Vectors
 from hybrid.gate.learned import Estimate
@@ -45,6 +46,10 @@ DEFAULT = Weights(
 assert all(len(DEFAULT.by_kind[k]) == len(columns) for k, columns in COLUMNS.items())  # noqa: S101
 
 
+#: a smaller move of a score is none
+_NOTHING = 0.005
+
+
 def kind(arm: Arm) -> str:
     """Which weights an arm shares."""
     if arm == PROMPT:
@@ -58,7 +63,7 @@ class Scores:
 
     `stranger` is how much of `prompt`'s score comes from the request being nobody's (None: all of it). `costs` are
     expected ones where outcomes tell. `why` says in words what each arm showed; `neighbours` are the messages that
-    lie nearest, those that were measured with the scores of their arms.
+    lie nearest, those that were measured with the scores of their arms. `adjusted` is how far feedback moved a score.
     """
 
     by_arm: Mapping[Arm, float]
@@ -66,6 +71,14 @@ class Scores:
     neighbours: Sequence[Mapping[str, Any]] = ()
     stranger: float | None = None
     costs: Mapping[Arm, float] = field(default_factory=dict)
+    adjusted: Mapping[Arm, float] = field(default_factory=dict)
+
+    def moved(self, by: Mapping[str, float]) -> Scores:
+        """The scores moved by what feedback says of arms, within 0 to 1; the reasons tell of it."""
+        moves = {arm: by[str(arm)] for arm in self.by_arm if abs(by.get(str(arm), 0.0)) >= _NOTHING}
+        scores = {arm: min(max(score + moves.get(arm, 0.0), 0.0), 1.0) for arm, score in self.by_arm.items()}
+        why = {arm: f"{self.why.get(arm, 'it scores best')}; feedback moved it by {m:+.2f}" for arm, m in moves.items()}
+        return replace(self, by_arm=scores, why={**self.why, **why}, adjusted=moves)
 
     @property
     def confidence(self) -> float:
@@ -84,6 +97,7 @@ class Gate:
     def __init__(self, weights: Weights = DEFAULT) -> None:
         self.weights = weights
         self.taught: Taught | None = None
+        self.bandit: Bandit | None = None
         self.bank = Bank.of({PROMPT: Messages()}, {}, Messages())
         self._lock = threading.Lock()
 

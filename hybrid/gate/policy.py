@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hybrid.errors import BadRequest, Forbidden
 from hybrid.gate.model import Scores
@@ -21,27 +22,33 @@ _NOMINAL: Mapping[str, float] = {
 _LEAST = 0.5
 #: an arm that costs more than this share of the chosen one is not tried before it
 _CHEAP = 0.7
+#: an arm that scores less than this share of the chosen one is not tried to learn of it, and how sharply the others'
+#: scores tell which is
+_REACH, _TEMPERATURE = 0.8, 0.1
 #: the quality-cost knob at which `abstain_below` holds as it stands: nearer 0, more is asked of a narrow arm
 _AT = 0.9
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The arm taken, how sure the gate was of it (0 to 1), why, what it fell back from, if it did, and the cheaper arm
-    that may be tried first."""
+    """The arm taken, how sure the gate was of it (0 to 1), why, what it fell back from, if it did, the cheaper arm
+    that may be tried first, and the probability of this choice."""
 
     arm: Arm
     confidence: float
     reason: str
     fallback: str | None = None
     first: Arm | None = None
+    propensity: float = 1.0
 
 
 class Policy:
-    """Turns scores into a choice. A gate can only choose among what the caller may use."""
+    """Turns scores into a choice. A gate can only choose among what the caller may use. `dice` give numbers in [0, 1)
+    by which it explores."""
 
-    def __init__(self, settings: GateSettings) -> None:
+    def __init__(self, settings: GateSettings, dice: Callable[[], float] = random.random) -> None:
         self._settings = settings
+        self._dice = dice
         self._default = Arm.parse(settings.default_arm)
 
     def choose(
@@ -68,7 +75,23 @@ class Policy:
         choice = self._best(scores, usable, quality)
         if kept in usable and kept != choice.arm and usable[choice.arm] - usable[kept] <= self._settings.stay_margin:
             return Choice(kept, usable[kept], f"stays with the conversation's arm; {choice.reason}")
-        return choice
+        return choice if kept or choice.fallback or choice.first else self._explored(choice, usable, scores.why)
+
+    def _explored(self, choice: Choice, usable: Mapping[Arm, float], why: Mapping[Arm, str]) -> Choice:
+        """The choice, or with the probability `explore` another arm that scores nearly as well: a softmax of them."""
+        share, best = self._settings.explore, usable[choice.arm]
+        near = [a for a in usable if a != choice.arm and not a.confers and usable[a] >= _REACH * best > 0]
+        if not share or not near:
+            return choice
+        odds = {arm: math.exp((usable[arm] - best) / _TEMPERATURE) for arm in sorted(near)}
+        drawn = self._dice()
+        for arm, odd in odds.items():
+            chance = share * odd / sum(odds.values())
+            if drawn < chance:
+                reason = f"explored, {choice.arm} scores best; {why.get(arm, 'it scores nearly as well')}"
+                return Choice(arm, usable[arm], reason, propensity=round(chance, 6))
+            drawn -= chance
+        return replace(choice, propensity=1 - share)
 
     def _best(self, scores: Scores, usable: Mapping[Arm, float], quality: float) -> Choice:
         """The cheapest arm that scores nearly as well as the best one; `prompt` where the request is nobody's."""

@@ -8,20 +8,25 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from filelock import FileLock
 
 from hybrid.adapters.listing import GATE_WEIGHTS, numbers_in
 from hybrid.errors import Conflict, NotFound, Refused
+from hybrid.gate.bandit import Bandit
 from hybrid.gate.learned import Learned
 from hybrid.rooms import CARD, Home, check_name, publish, sha256_file, write_json
 from hybrid.types import JSON
 
 #: the name whose taught gate serves
 GATE = "gate"
+#: the name under which what feedback taught is kept, with versions of its own
+FEEDBACK = "gate-feedback"
 _FILE = GATE_WEIGHTS
 _LIVE = "live.json"
 
@@ -32,22 +37,37 @@ def publish_learned(home: Home, name: str, learned: Learned, embedder: str, fact
     `embedder` is the digest of what embedded its queries, `facts` go on the card. Raises Refused for a bad name, or
     one that adapters have.
     """
-    from safetensors.numpy import save_file
-
     if name != GATE:
         check_name(name, "gate")
     if any(card.get("kind") != GATE for card in _cards(home, name).values()) and name != GATE:
         raise Refused(f"{name!r} is the name of an adapter; give the gate another one.", param="name")
+    told = {"model": learned.kind, "arms": list(learned.arms)}
+    return _publish(home, name, learned.tensors(), embedder, {**facts, **told})
+
+
+def publish_bandit(home: Home, bandit: Bandit, embedder: str, facts: JSON) -> int:
+    """Publishes what feedback taught as the next version of `FEEDBACK` and returns its number; what is live stays."""
+    told = {"model": "feedback", "arms": list(bandit.arms)}
+    return _publish(home, FEEDBACK, bandit.tensors(), embedder, {**facts, **told})
+
+
+def load_bandit(home: Home, embedder: str) -> Bandit | None:
+    """What feedback taught, in its live version; None where there is none. Raises what `load_learned` raises."""
+    number = live_version(home, FEEDBACK)
+    return None if number is None else Bandit.load(_read(home, FEEDBACK, number, embedder)[0])
+
+
+def _publish(home: Home, name: str, tensors: Mapping[str, npt.NDArray[Any]], embedder: str, facts: JSON) -> int:
+    from safetensors.numpy import save_file
+
     with _numbered(home, name) as version, publish(home.adapters / name / str(version)) as staging:
-        save_file({key: np.ascontiguousarray(value) for key, value in learned.tensors().items()}, staging / _FILE)
+        save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, staging / _FILE)
         card = {
             "name": name,
             "version": version,
             "kind": GATE,
             "created": int(time.time()),
             "embedder": embedder,
-            "model": learned.kind,
-            "arms": list(learned.arms),
             "weights": _FILE,
             "sha256": sha256_file(staging / _FILE),
         }
@@ -74,11 +94,17 @@ def load_learned(
     Raises NotFound for a version that is not published, Refused when its file was changed or another embedder's
     digest than `embedder` is on the card.
     """
-    from safetensors.numpy import load
-
     number = live_version(home, name) if version is None else version
     if number is None:
         return None
+    tensors, card = _read(home, name, number, embedder)
+    return Learned.load(tensors), card
+
+
+def _read(home: Home, name: str, number: int, embedder: str) -> tuple[dict[str, npt.NDArray[Any]], JSON]:
+    """The tensors of a version and its card. Raises what `load_learned` raises."""
+    from safetensors.numpy import load
+
     card = learned_card(home, name, number)
     if card.get("embedder") != embedder:
         raise Refused(f"{name}@{number} was taught with another embedder. Teach a new gate.", param="gate")
@@ -86,7 +112,7 @@ def load_learned(
         content = (home.adapters / name / str(number) / _FILE).read_bytes()
         if card.get("sha256") != hashlib.sha256(content).hexdigest():
             raise Refused(f"{name}@{number} is not the file that was published. Teach a new gate.", param="gate")
-        return Learned.load(load(content)), card
+        return load(content), card
     except OSError as error:
         raise Refused(f"{name}@{number} cannot be read ({error}). Teach a new gate.", param="gate") from error
 
