@@ -19,6 +19,7 @@ from hybrid.cli import (
     index,
     jobs,
     keys,
+    loop,
     report,
     serve,
     tasks,
@@ -39,12 +40,14 @@ app.command("ask")(ask.ask)
 app.command("train")(train.train)
 app.command("advise")(advise.advise)
 app.command("advise-prepare", hidden=True)(advise.prepare_)
+app.command("loop")(loop.loop)
 app.command("report")(report.report)
 app.command("index")(index.index)
 app.command("search")(index.search)
 app.command("doctor")(doctor.doctor)
 app.add_typer(drift.app, name="eval")
 app.add_typer(adapters.app, name="adapters")
+gate.app.command("replay")(loop.replay)
 app.add_typer(gate.app, name="gate")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(corpora.app, name="corpora")

@@ -35,14 +35,15 @@ def train(
 
     hybrid gate train --from eval/reports/dev
     """
-    table = read_outcomes([*from_, *(more or ())], teach=True)
+    sources = [*from_, *(more or ())]
+    table = read_outcomes(sources, teach=True)
     say(f"{len(table)} queries, {len(table.arms)} arms: {', '.join(table.arms)}")
     settings = Settings.load()
     embedder = _embedder(settings)
     with bar() as progress:
         made = teach(
             settings.rooms, table, embedder.embed, embedder.digest, settings.cache,
-            name=name, seed=seed, progress=progress,
+            name=name, seed=seed, progress=progress, facts={"from": [str(path.resolve()) for path in sources]},
         )  # fmt: skip
     if json_:
         metrics = made.card["kinds"][made.card["model"]]
@@ -68,6 +69,9 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME[@VERSION]")] = publis
         data({**card, "live": live == number, "versions": published.learned_versions(home, wanted)})
         return
     text(f"{wanted}@{number}  {card['model']}  {'live' if live == number else 'not live'}  {card['reason']}".rstrip())
+    if wanted == published.FEEDBACK:
+        text(f"{card['n']} rewards moved {', '.join(card['arms'])}; {card['holdout']['words']}")
+        return
     text(_table(card))
     text(f"calibration error {card['calibration']['ece_before']} before, {card['calibration']['ece_after']} after")
     for slack, score, cost in card["front"]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from typing import Annotated, Any
 
 import typer
 
 from hybrid.cli.say import bar, say
 from hybrid.gateway import Gateway
+from hybrid.lifecycle.looping import Looping
 from hybrid.lifecycle.measure import Measuring
 from hybrid.lifecycle.quickstart import Quickstart
 from hybrid.server.run import serve as run
@@ -39,8 +41,11 @@ def serve(
     settings = Settings.load(**overrides)
 
     async def beside(gateway: Gateway) -> None:
-        work = [first_hour(gateway)] if settings.server.quickstart else []
-        await asyncio.gather(*work, *([Measuring(gateway).run()] if settings.training.measure else []))
+        work: list[Coroutine[Any, Any, None]] = [first_hour(gateway)] if settings.server.quickstart else []
+        if settings.training.measure:
+            work.append(Measuring(gateway).run())
+            work += [Looping(gateway).run()] if settings.training.loop else []
+        await asyncio.gather(*work)
 
     async def first_hour(gateway: Gateway) -> None:
         await Quickstart(settings, state=gateway.state, store=gateway.store, library=gateway.library).run()

@@ -142,6 +142,12 @@ class Ledger:
             _write(self._path, [self._rows[key] for key in keys if key in self._rows])
 
 
+def known_outcomes(folder: Path) -> dict[str, Outcome]:
+    """The outcomes of a folder by key, errors that asking again may mend aside. Only reads: a run may be writing."""
+    rows = {row["key"]: row for name in (EARLIER, OUTCOMES) for row in _rows_in(folder / name)}
+    return {key: outcome_of(row) for key, row in rows.items() if not row.get("again")}
+
+
 def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a ledger; a line that a crash cut off is taken out of the file."""
     if not path.is_file():
@@ -151,7 +157,11 @@ def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
     if whole < len(raw):
         with path.open("rb+") as file:
             file.truncate(whole)
-    for line in raw[:whole].splitlines():
+    yield from _rows_in(path)
+
+
+def _rows_in(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)
         except ValueError:

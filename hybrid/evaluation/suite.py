@@ -177,13 +177,13 @@ def unanswered(suite: Suite, found: Sequence[Subject], offer: Offer, out: Path) 
 def _jobs(suite: Suite, subject: Subject, offer: Offer) -> list[Job]:
     jobs: list[Job] = []
     for arm in chosen_arms(suite.arms, subject.task, offer):
-        limit = suite.foreign_limit if _foreign(arm, subject.task, offer) else None
+        limit = suite.foreign_limit if foreign(arm, subject.task, offer) else None
         examples = sample(subject.split.examples, limit, suite.seed)
         jobs += jobs_for(subject.task, examples, arm, offer, subject.max_tokens)
     return jobs
 
 
-def _foreign(arm: str, task: Task, offer: Offer) -> bool:
+def foreign(arm: str, task: Task, offer: Offer) -> bool:
     """Whether an arm's adapter was trained for another task."""
     adapter = None if arm == AUTO else Arm.parse(arm).adapter
     if adapter is None:

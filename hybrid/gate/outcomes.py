@@ -116,6 +116,26 @@ def read_outcomes(paths: Sequence[Path], *, teach: bool) -> Table:
     return table
 
 
+def joined(first: Lessons, second: Lessons) -> Lessons:
+    """The rows of both, with all their arms; of a group that both hold, those of the first alone."""
+    second = second.rows(np.flatnonzero([group not in first.groups for group in second.groups]))
+    arms = tuple(dict.fromkeys((*first.arms, *second.arms)))
+
+    def wide(table: Lessons, cells: Numbers) -> Numbers:
+        out = np.full((len(table), len(arms)), np.nan)
+        out[:, [arms.index(arm) for arm in table.arms]] = cells
+        return out
+
+    return Lessons(
+        first.ids + second.ids,
+        first.queries + second.queries,
+        first.groups + second.groups,
+        arms,
+        np.concatenate([wide(t, t.score) for t in (first, second)]),
+        np.concatenate([wide(t, t.cost) for t in (first, second)]),
+    )
+
+
 @dataclass(slots=True)
 class _Cells:
     """Scores and costs as they are read, by (group, id, query) and arm."""

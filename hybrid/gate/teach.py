@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,17 +51,21 @@ def teach(
     name: str = GATE,
     seed: int = 0,
     progress: Progress | None = None,
+    facts: Mapping[str, Any] | None = None,
+    veto: Callable[[Learned], str] = lambda _: "",
 ) -> NewGate:
-    """Teaches a gate and publishes it as the next version of `name`.
+    """Teaches a gate and publishes it as the next version of `name`, with more `facts` on its card.
 
     It becomes the live one unless it is measured worse than that: on the same outcomes, each gate judged on rows that
-    it was not fitted to. Blocking; a minute for a thousand queries. Raises DataError, Refused.
+    it was not fitted to; and unless `veto` says in words why not, too. Blocking; a minute for a thousand queries.
+    Raises DataError, Refused.
     """
     vectors = embedded(table.queries, embed, embedder, cache, progress)
-    learned, facts = choose(table, vectors, seed, progress=progress)
+    learned, found = choose(table, vectors, seed, progress=progress)
     live = _live(home, name, embedder)
-    reason = worse(learned, live, table, vectors) if live is not None else ""
-    version = publish_learned(home, name, learned, embedder, {**facts, "promoted": not reason, "reason": reason})
+    reason = (worse(learned, live, table, vectors) if live is not None else "") or veto(learned)
+    told = {**found, **(facts or {}), "promoted": not reason, "reason": reason}
+    version = publish_learned(home, name, learned, embedder, told)
     if not reason:
         promote(home, name, version)
     return NewGate(name, version, home.adapters / name / str(version), learned_card(home, name, version), reason)

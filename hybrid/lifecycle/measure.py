@@ -92,7 +92,7 @@ async def measure(gateway: Gateway, version: AdapterVersion, limit: int = LIMIT)
     ledger = Ledger(gateway.settings.rooms.hidden / "measured")
     try:
         desk = _Desk(gateway, asker, offer, ledger)
-        split = await asyncio.to_thread(_dev, version)
+        split = await asyncio.to_thread(own_dev, version)
         own = _own_arm(version, offer)
         rivals = [f"few_shot:{version.name}", f"rag:{version.card.get('corpus')}"]
         arms = [own, "prompt", *(arm for arm in rivals if arm in offer.models)]
@@ -156,7 +156,7 @@ def _own_arm(version: AdapterVersion, offer: Offer) -> str:
     return f"adapter+rag:{version.id}:{corpus}" if corpus in offer.corpora else f"adapter:{version.id}"
 
 
-def _dev(version: AdapterVersion) -> DevSplit:
+def own_dev(version: AdapterVersion) -> DevSplit:
     """The dev examples that the trainer put into the version's folder. Raises DataError."""
     card, path = version.card, version.ref.path / DEV
     if not path.is_file():
@@ -179,7 +179,7 @@ async def _forgetting(desk: _Desk, version: AdapterVersion) -> dict[str, JSON]:
         if live is None or name == version.name:
             continue
         with contextlib.suppress(DataError):
-            other = await asyncio.to_thread(_dev, store.resolve(f"{name}@{live}"))
+            other = await asyncio.to_thread(own_dev, store.resolve(f"{name}@{live}"))
             out[name] = _before_after(await desk.ask(other, ["prompt", arm], OTHERS_LIMIT), arm)
     return out
 
@@ -226,7 +226,7 @@ class Measuring:
     async def run(self) -> None:
         """Looks forever. A version that cannot be measured gets a record that says why."""
         while True:
-            version = await asyncio.to_thread(self._next) if self._idle() else None
+            version = await asyncio.to_thread(self.waiting) if self._idle() else None
             if version is None:
                 await asyncio.sleep(_EVERY_S)
                 continue
@@ -237,7 +237,8 @@ class Measuring:
     def _idle(self) -> bool:
         return self._gateway.ready()[0] and not self._gateway.answering
 
-    def _next(self) -> AdapterVersion | None:
+    def waiting(self) -> AdapterVersion | None:
+        """A live version without a record; None where all have one."""
         store, known = self._gateway.store, self._gateway.state.measurements()
         for name in store.names():
             live = store.alias(name)
