@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hybrid.errors import BadRequest, DataError, HybridError, NotFound
+from hybrid.knowledge.parse import KINDS
 from hybrid.knowledge.store import About
 from hybrid.lifecycle.attachments import MAX_TRIES, Attachments
 from hybrid.lifecycle.child import GiveWay
@@ -67,13 +68,16 @@ class Attacher:
             words = "The server stopped each time this was read; look into the file, or attach it again."
             self._attachments.end(row, "failed", "server_error", words)
             return
+        if (suffix := Path(row["filename"]).suffix.lower()) not in KINDS:
+            words = f"Files of type {suffix or '(none)'} are not read; {', '.join(KINDS)} are."
+            self._attachments.end(row, "failed", "unsupported_file", words)
+            return
         try:
             with self._corpora.lock(row["corpus"]):
-                if self._attachments.wanted(row):
-                    self._attachments.end(row, "completed", size=self._put(row))
+                if self._attachments.wanted(row) and not self._attachments.end(row, "completed", size=self._put(row)):
+                    self._corpora.library.delete_document(self._name(row), row["file"])  # cancelled meanwhile
         except (DataError, BadRequest) as error:
-            code = "unsupported_file" if "are not read" in error.message else "invalid_file"
-            self._attachments.end(row, "failed", code, error.message)
+            self._attachments.end(row, "failed", "invalid_file", error.message)
         except NotFound:
             self._attachments.end(row, "failed", "invalid_file", "The file was deleted before it was read.")
         except HybridError as error:
@@ -84,15 +88,17 @@ class Attacher:
 
     def _put(self, row: JSON) -> int:
         """The bytes of text that the document holds."""
-        corpus = self._corpora.get(row["corpus"], Rights())
         about = About(row["attributes"], row["caller"] if row["groups"] else "", tuple(row["groups"]))
         static = row["chunking"]
         cut = (static["max_chunk_size_tokens"], static["chunk_overlap_tokens"]) if static else None
         with self._named(row) as file:
             done = self._corpora.library.add_document(
-                corpus["name"], row["file"], title=row["filename"], file=file, about=about, cut=cut
+                self._name(row), row["file"], title=row["filename"], file=file, about=about, cut=cut
             )
         return done.bytes
+
+    def _name(self, row: JSON) -> str:
+        return str(self._corpora.get(row["corpus"], Rights())["name"])
 
     @contextlib.contextmanager
     def _named(self, row: JSON) -> Iterator[Path]:

@@ -183,12 +183,12 @@ class Attachments:
         now = self._row(row["corpus"], row["file"])
         return now is not None and now["status"] == "in_progress"
 
-    def end(self, row: JSON, status: str, code: str | None = None, error: str | None = None, size: int = 0) -> None:
-        """It came to this. A file that was cancelled meanwhile stays so."""
+    def end(self, row: JSON, status: str, code: str | None = None, error: str | None = None, size: int = 0) -> bool:
+        """It came to this. A file that was cancelled meanwhile stays so; returns whether it was still wanted."""
         one = (table.c.seq == row["seq"]) & (table.c.status == "in_progress")
         with self._state.transaction() as connection:
             values = {"status": status, "error_code": code, "error": error, "bytes": size}
-            connection.execute(update(table).where(one).values(**values))
+            return connection.execute(update(table).where(one).values(**values)).rowcount == 1
 
     def recover(self) -> None:
         """Ends the deletions that a crash cut short."""

@@ -22,7 +22,7 @@ from hybrid.keys import check_groups
 from hybrid.knowledge.corpus import CorpusInfo
 from hybrid.knowledge.search import Library
 from hybrid.rooms import Home, check_name
-from hybrid.state import State
+from hybrid.state import State, corpus_files
 from hybrid.state import corpora as table
 from hybrid.types import JSON, Rights
 
@@ -151,9 +151,9 @@ class Corpora:
                 self._state.write_audit(connection, "corpus.delete", id=row["id"], name=row["name"])
 
     def touch(self, row: JSON) -> None:
-        """It was used now."""
-        if time.time() - row["active"] > _TOUCH_S:
-            self._update(row["id"], active=time.time())
+        """It was used now; one that had expired begins anew."""
+        if row["expired"] or time.time() - row["active"] > _TOUCH_S:
+            self._update(row["id"], active=time.time(), expired=False)
 
     def expire(self) -> None:
         """Empties the corpora that were not used for as long as their user said."""
@@ -164,6 +164,8 @@ class Corpora:
                 with self.lock(row["id"]):
                     if self.info(row) is not None:
                         self.library.delete(row["name"])
+                    with self._state.transaction() as connection:
+                        connection.execute(delete(corpus_files).where(corpus_files.c.corpus == row["id"]))
                     self._update(row["id"], expired=True)
 
     def recover(self) -> None:
