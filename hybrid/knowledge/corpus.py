@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from hybrid.errors import HybridError, NotFound, Refused
@@ -15,9 +17,12 @@ from hybrid.knowledge.embed import Embedder, Vectors
 from hybrid.knowledge.filters import Matches
 from hybrid.knowledge.index import Snapshot, build, extended, load
 from hybrid.knowledge.ingest import check_embedder
+from hybrid.knowledge.lexical import Words, scored
+from hybrid.knowledge.ranking import Hit
 from hybrid.knowledge.store import Meta, Store
+from hybrid.knowledge.tuned import FILE, Tuned
 from hybrid.knowledge.visible import Holdings, Visible
-from hybrid.types import JSON, Passage, Rights
+from hybrid.types import JSON, Passage, Rights, Scores
 
 log = logging.getLogger("hybrid.knowledge")
 
@@ -40,6 +45,23 @@ class CorpusInfo:
         return asdict(self)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Asked:
+    """A question: its unit vector float32 [dim], its words where they are searched for, and whether meaning is."""
+
+    vector: Vectors
+    text: str = ""
+    dense: bool = True
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Candidates:
+    """What one corpus has for a question, in no order, and how rare the question's words are in it."""
+
+    hits: Sequence[Hit]
+    rarity: Mapping[str, float]
+
+
 class Corpus:
     """One corpus open for reading, and for mending its generation when that turns out damaged."""
 
@@ -52,6 +74,8 @@ class Corpus:
         self._snapshot: Snapshot | None = None
         self._counts = (-1, 0, 0, 0)
         self._holdings: Holdings | None = None
+        self._tuned = (0, Tuned())
+        self._fresh: tuple[tuple[int, int, int], Words] | None = None
 
     def info(self) -> CorpusInfo:
         meta = self.store.meta() or Meta(0, 0, "", "", "", 0)
@@ -92,21 +116,68 @@ class Corpus:
             held = self._holdings = Holdings(revision, *self.store.holdings())
         return held.visible(rights, matches)
 
-    def search(self, vector: Vectors, k: int, rights: Rights, matches: Matches | None = None) -> list[list[Passage]]:
-        """The `k` nearest texts that a caller may find, best first, each under all its ids."""
+    def candidates(self, asked: Asked, k: int, rights: Rights, matches: Matches | None = None) -> Candidates:
+        """The texts that a caller may find, those nearest in meaning and those with the words: `k` at least of each
+        way that is asked for, where there are as many."""
         snapshot, visible = self.snapshot(), self.visible(rights, matches)
+        only = visible.rows if visible else None
+        words = scored(self._words(snapshot), asked.text) if asked.text else None
         wanted = k
         while True:
-            hits = snapshot.nearest(vector, wanted, visible.rows if visible else None)
-            named = self.store.passages([row for row, _ in hits])
-            if visible:
-                seen = {row: [p for p in group if p.document in visible.documents] for row, group in named.items()}
-                named = {row: group for row, group in seen.items() if group}
-            found = [(named[row], score) for row, score in hits if row in named]
-            if len(found) >= k or len(hits) < wanted:
+            near = dict(snapshot.nearest(asked.vector, wanted, only)) if asked.dense else {}
+            worded = words.best(wanted, only) if words else np.empty(0, np.int64)
+            rows = list(dict.fromkeys([*near, *worded.tolist()]))
+            named = self._named(rows, visible)
+            if len(named) >= k or max(len(near), len(worded)) < wanted:
                 break
             wanted *= 2  # some hits were deleted since the snapshot
-        return [[replace(p, score=score, corpus=self.name) for p in group] for group, score in found[:k]]
+        rows = [row for row in rows if row in named]
+        cosines = self._cosines(asked.vector, [row for row in rows if row not in near]) | near
+        lexical = words.of(np.array(rows, np.int64)) if words else np.zeros(len(rows), np.float32)
+        scores = [
+            Scores(cosines[row], float(worth)) for row, worth in zip(rows, lexical, strict=True) if row in cosines
+        ]
+        rows = [row for row in rows if row in cosines]
+        hits = [Hit(self.name, row, named[row], score) for row, score in zip(rows, scores, strict=True)]
+        return Candidates(hits, words.rarity if words else {})
+
+    def vectors(self, rows: Sequence[int]) -> dict[int, Vectors]:
+        """By row, the unit vectors float32 [dim] of these passages."""
+        kept, vectors = self.store.vectors(self.meta().dim, only=rows)
+        return dict(zip(kept.tolist(), vectors, strict=True))
+
+    def tuned(self) -> Tuned:
+        """What its own questions taught about searching it."""
+        path = self._folder / FILE
+        state = path.stat().st_mtime_ns if path.is_file() else 0
+        if self._tuned[0] != state:
+            self._tuned = (state, Tuned.load(self._folder))
+        return self._tuned[1]
+
+    def tune(self, learned: Tuned) -> None:
+        """Keeps what was learned, for every process."""
+        learned.save(self._folder)
+
+    def _words(self, snapshot: Snapshot) -> list[Words]:
+        """The index of words of the generation, and of what is searched beside it."""
+        old = [] if snapshot.words is None else [snapshot.words]
+        if not len(snapshot.fresh_rows):
+            return old
+        key = (snapshot.generation, int(snapshot.fresh_rows[0]), snapshot.last)
+        if self._fresh is None or self._fresh[0] != key:
+            self._fresh = (key, Words.stored(self.store, snapshot.fresh_rows.tolist()))
+        return [*old, self._fresh[1]]
+
+    def _named(self, rows: Sequence[int], visible: Visible | None) -> dict[int, list[Passage]]:
+        """By row, the passage under each id that the caller may see; rows that are gone or hidden are left out."""
+        named = self.store.passages(rows)
+        if visible is None:
+            return named
+        seen = {row: [p for p in group if p.document in visible.documents] for row, group in named.items()}
+        return {row: group for row, group in seen.items() if group}
+
+    def _cosines(self, vector: Vectors, rows: Sequence[int]) -> dict[int, float]:
+        return {row: float(own @ vector) for row, own in self.vectors(rows).items()} if rows else {}
 
     def publish(self) -> None:
         """Builds a generation unless the current one is whole and holds everything. The caller holds the lock."""

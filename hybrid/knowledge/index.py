@@ -1,7 +1,8 @@
 """The FAISS generations of one corpus: whole, immutable folders that can be built again from the store at any time.
 
-`generations/<n>/` holds `vectors.faiss` and, written last, `manifest.json` with every file's size and SHA-256. Which
-generation is current stands in the store, with the SHA-256 of its manifest, and is changed in one transaction.
+`generations/<n>/` holds `vectors.faiss`, the index of words (`lexical.py`) and, written last, `manifest.json` with
+every file's size and SHA-256. Which generation is current stands in the store, with the SHA-256 of its manifest, and
+is changed in one transaction.
 FAISS loads a damaged file without complaint, so nothing is read before its sum is checked.
 """
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from hybrid.errors import Refused, StorageError
 from hybrid.knowledge.embed import Vectors
+from hybrid.knowledge.lexical import Words
 from hybrid.knowledge.store import Meta, Rows, Store
 from hybrid.rooms import publish, sha256_file, write_json
 
@@ -40,6 +42,7 @@ class Snapshot:
     index: Any = None
     fresh_rows: Rows = field(default_factory=lambda: np.empty(0, np.int64))
     fresh: Vectors = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    words: Words | None = None
 
     def __len__(self) -> int:
         return (self.index.ntotal if self.index is not None else 0) + len(self.fresh_rows)
@@ -82,6 +85,7 @@ def extended(snapshot: Snapshot, meta: Meta, store: Store) -> Snapshot:
         index=snapshot.index,
         fresh_rows=np.concatenate([snapshot.fresh_rows, rows]),
         fresh=fresh,
+        words=snapshot.words,
     )
 
 
@@ -99,6 +103,7 @@ def build(folder: Path, store: Store) -> int:
     index = _filled(folder, store, meta, rows)
     with publish(folder / str(number)) as staging:
         _write(index, staging / VECTORS)
+        Words.stored(store, rows.tolist()).save(staging)
         write_json(staging / MANIFEST, _manifest(staging, meta, rows, faiss.__version__))
     with store.change() as change:
         change.flip(number, sha256_file(folder / str(number) / MANIFEST))
@@ -154,11 +159,12 @@ def load(folder: Path, meta: Meta) -> Snapshot:
         # bounds for what a hostile header may ask for; the sum above already says that we wrote it
         faiss.set_deserialization_vector_byte_limit(2 * manifest["files"][VECTORS]["size"] + (1 << 20))
         index = faiss.read_index(str(where / VECTORS))
+        words = Words.load(where)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise Refused(f"{where} cannot be read: {error}.") from error
     if index.d != meta.dim or index.ntotal != manifest["passages"]:
         raise Refused(f"{where / VECTORS} holds {index.ntotal} vectors of {index.d}, not what its manifest says.")
-    return Snapshot(meta.generation, int(manifest["revision"]) + 1, int(manifest["watermark"]), index)
+    return Snapshot(meta.generation, int(manifest["revision"]) + 1, int(manifest["watermark"]), index, words=words)
 
 
 def _manifest(staging: Path, meta: Meta, rows: Rows, faiss_version: str) -> dict[str, Any]:

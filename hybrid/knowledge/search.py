@@ -1,4 +1,4 @@
-"""The library: every corpus of a home, searched by meaning. Exact inner products over unit vectors (FAISS flat).
+"""The library: every corpus of a home, searched by meaning (exact inner products, FAISS flat) and by words (BM25).
 
 A search takes one snapshot of a corpus and answers through the store, so a committed document is found at once,
 whichever process committed it, and a deleted one never.
@@ -11,7 +11,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,16 @@ import numpy as np
 from hybrid.errors import BadRequest, Conflict, HybridError, NotFound, Refused
 from hybrid.knowledge import backup
 from hybrid.knowledge.alike import groups
-from hybrid.knowledge.corpus import Corpus, CorpusInfo, corpus_lock
+from hybrid.knowledge.corpus import Asked, Candidates, Corpus, CorpusInfo, corpus_lock
 from hybrid.knowledge.embed import Embedder, Vectors
 from hybrid.knowledge.faults import spoken
 from hybrid.knowledge.filters import Matches
 from hybrid.knowledge.ingest import Ingest, IngestReport, Progress, parse_limits
+from hybrid.knowledge.ranking import CLOSER, Hit, fused, reranked, spread
 from hybrid.knowledge.read import one_document
+from hybrid.knowledge.rerank import CrossEncoder, features
 from hybrid.knowledge.store import About, DocumentInfo
+from hybrid.knowledge.tuned import FILE, Tuned
 from hybrid.rooms import Home, check_name
 from hybrid.settings import RetrievalSettings
 from hybrid.types import JSON, Passage, Rights
@@ -36,7 +39,19 @@ log = logging.getLogger("hybrid.knowledge")
 #: who runs commands here, and trains
 OWNER = Rights()
 
-Query = str | np.ndarray[Any, Any]
+#: candidates of each way of searching, at least
+POOL = 50
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Question:
+    """Words whose unit vector float32 [dim] is known already."""
+
+    text: str
+    vector: Vectors
+
+
+Query = str | np.ndarray[Any, Any] | Question
 
 
 class Library:
@@ -46,6 +61,7 @@ class Library:
         self.embedder = embedder
         self._home = home
         self._settings = settings
+        self._cross = CrossEncoder(Path(settings.cross_encoder)) if settings.cross_encoder else None
         self._open: dict[str, tuple[int, Corpus]] = {}
         self._opening = threading.Lock()
 
@@ -68,9 +84,11 @@ class Library:
         rights: Rights = OWNER,
         matches: Matches | None = None,
     ) -> tuple[Passage, ...]:
-        """The `k` texts nearest to `query` (words, or a unit vector float32 [dim]), best first; None asks all corpora.
+        """The `k` best texts for `query` (words, or a unit vector float32 [dim]), best first; None asks all corpora.
 
-        Only what `rights` may see is looked at, and of that the documents whose attributes match.
+        Words are searched for by meaning and as words, as the settings say; a vector by meaning alone. `score` is the
+        cosine all the same, and `scores` what each stage made of a passage. Only what `rights` may see is looked at,
+        and of that the documents whose attributes match.
 
         A text that came with several ids is one of the `k`. It is returned under its first id, as a prompt needs
         it; with `every_id` under each of them in turn, with the same score. Raises NotFound, Refused, BadRequest.
@@ -81,10 +99,66 @@ class Library:
         if not names:
             raise NotFound("There is no corpus yet; `hybrid index DIR --name NAME` makes one.", param="corpus")
         corpora = [self._corpus(name, rights) for name in names]
-        vector = self._vector(query)
-        ranked = [group for found in corpora for group in found.search(vector, k, rights, matches)]
-        ranked.sort(key=lambda group: -group[0].score)
-        return tuple(passage for group in ranked[:k] for passage in (group if every_id else group[:1]))
+        asked = self._asked(query)
+        wanted = max(k, POOL) if asked.text or self._settings.mmr else k
+        found = [corpus.candidates(asked, wanted, rights, matches) for corpus in corpora]
+        hits = self._ranked(asked, corpora, found, k)
+        return tuple(passage for hit in hits for passage in hit.named()[: None if every_id else 1])
+
+    def around(self, passages: Sequence[Passage]) -> tuple[Passage, ...]:
+        """The passages, then as many pieces before and after each in its document as the setting `neighbours` says.
+
+        A caller who may see a passage may see its document.
+        """
+        reach, out = self._settings.neighbours, {(p.corpus, p.id): p for p in passages}
+        for passage in passages if reach else ():
+            pieces = self.called(passage.corpus, [passage.document]).get(passage.document, [])
+            at = next((i for i, piece in enumerate(pieces) if piece.id == passage.id), 0)
+            for piece in pieces[max(0, at - reach) : at + reach + 1]:
+                out.setdefault((piece.corpus, piece.id), piece)
+        return tuple(out.values())
+
+    def tuned(self, name: str) -> Tuned:
+        """What a corpus's own questions taught about searching it; the defaults where nothing did. Raises NotFound."""
+        return self._corpus(name).tuned()
+
+    def tune(self, name: str, learned: Tuned) -> None:
+        """Keeps what was learned for a corpus; every process searches by it at once. Raises NotFound."""
+        self._corpus(name).tune(learned)
+
+    def candidates(self, name: str, query: str) -> Candidates:
+        """What is ranked in a search of one corpus, in no order. Raises NotFound."""
+        return self._corpus(name).candidates(Asked(self._vector(query), query), POOL, OWNER)
+
+    def _asked(self, query: Query) -> Asked:
+        text = query if isinstance(query, str) else query.text if isinstance(query, Question) else ""
+        vector, way = self._vector(query), self._settings.search
+        return Asked(vector, text if way != "dense" else "", way != "lexical" or not text)
+
+    def _ranked(self, asked: Asked, corpora: Sequence[Corpus], found: Sequence[Candidates], k: int) -> list[Hit]:
+        """The `k` best of all candidates: fused, looked at more closely, spread out, as the settings say."""
+        settings, learned = self._settings, [corpus.tuned() for corpus in corpora]
+        weights = [self._weight(asked, tuned) for tuned, one in zip(learned, found, strict=True) for _ in one.hits]
+        hits = fused([hit for one in found for hit in one.hits], weights, settings.fusion)
+        if asked.text and self._cross is not None:
+            hits = reranked(hits, self._cross.scores(asked.text, hits[:CLOSER]))
+        elif asked.text and settings.rerank and len(corpora) == 1 and learned[0].reranker:
+            first = hits[:CLOSER]
+            hits = reranked(hits, learned[0].reranker.scores(features(asked.text, found[0].rarity, first)))
+        if not settings.mmr or len(hits) < 2:
+            return hits[:k]
+        return self._spread(corpora, hits[: max(k, CLOSER)], k)
+
+    def _weight(self, asked: Asked, tuned: Tuned) -> float:
+        """What the cosine counts: all of it where meaning alone is asked for, none where words alone are."""
+        if not asked.text or not asked.dense:
+            return float(not asked.text)
+        return tuned.weight if self._settings.weight is None else self._settings.weight
+
+    def _spread(self, corpora: Sequence[Corpus], hits: Sequence[Hit], k: int) -> list[Hit]:
+        vectors = {c.name: c.vectors([hit.row for hit in hits if hit.corpus == c.name]) for c in corpora}
+        kept = [hit for hit in hits if hit.row in vectors[hit.corpus]]
+        return spread(kept, np.stack([vectors[hit.corpus][hit.row] for hit in kept]), k, self._settings.mmr)
 
     def sample(self, name: str, limit: int, seed: int) -> tuple[tuple[Passage, ...], Vectors]:
         """At most `limit` passages of a corpus, chosen by `seed`, and their vectors float32 [n, dim]."""
@@ -199,7 +273,7 @@ class Library:
             if opened:
                 opened[1].store.close()
             # the database first: SQLite throws the log of a database away that is not there
-            for file in [folder / "store.db", *folder.glob("store*.db*")]:
+            for file in [folder / "store.db", *folder.glob("store*.db*"), folder / FILE]:
                 file.unlink(missing_ok=True)
             shutil.rmtree(folder / "generations", ignore_errors=True)
 
@@ -260,6 +334,8 @@ class Library:
     def _vector(self, query: Query) -> Vectors:
         if isinstance(query, str):
             return self.embedder.embed_query(query)
+        if isinstance(query, Question):
+            query = query.vector
         if query.shape != (self.embedder.dim,):
             raise BadRequest(f"a query vector has the shape ({self.embedder.dim},), not {query.shape}.", param="query")
         return np.ascontiguousarray(query, dtype=np.float32)

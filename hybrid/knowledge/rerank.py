@@ -1,0 +1,121 @@
+"""A closer look at the best candidates: a linear model over what question and passage share, or a cross-encoder.
+
+The model is learned from the user's own questions; serving it is one product of a small matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hybrid.errors import SetupError
+from hybrid.knowledge.lexical import tokens
+from hybrid.knowledge.ranking import Floats, Hit
+
+#: the columns of `features`, in order; a model that was learned from others is not used
+COLUMNS = (
+    "dense", "dense_gap", "lexical", "lexical_share", "dense_rank", "lexical_rank",
+    "rare_words", "title_words", "title_asked", "pairs", "names", "length",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Reranker:
+    """Logistic regression over standardised columns: `mean`, `scale`, `weights` [12] and `bias`."""
+
+    mean: tuple[float, ...]
+    scale: tuple[float, ...]
+    weights: tuple[float, ...]
+    bias: float
+
+    def scores(self, rows: Floats) -> Floats:
+        """The probability [n] that each of the passages [n, 12] answers."""
+        standard = (rows - np.array(self.mean)) / np.array(self.scale)
+        return 1 / (1 + np.exp(-np.clip(standard @ np.array(self.weights) + self.bias, -50, 50)))  # type: ignore[no-any-return]
+
+
+def features(question: str, rarity: Mapping[str, float], hits: Sequence[Hit]) -> Floats:
+    """float64 [n, 12]: what each candidate shares with the question. `rarity` is that of the question's words."""
+    dense = np.array([hit.scores.dense for hit in hits])
+    lexical = np.array([hit.scores.lexical for hit in hits])
+    asked = tokens([question])[0]
+    most = max(sum(rarity.get(word, 0.0) for word in set(asked)), 1e-9)
+    titles = tokens([hit.passages[0].title for hit in hits])
+    texts = tokens([hit.passages[0].text for hit in hits])
+    exact = _exact(question)
+    shared = [_shared(asked, exact, rarity, most, t, w) for t, w in zip(titles, texts, strict=True)]
+    numbers = np.column_stack(
+        [
+            dense,
+            dense - dense.max(initial=-1.0),
+            lexical / most,
+            lexical / max(float(lexical.max(initial=0.0)), 1e-9),
+            1 / (1 + _ranks(dense)),
+            1 / (1 + _ranks(lexical)),
+        ]
+    )
+    return np.hstack([numbers, np.array(shared, np.float64).reshape(-1, 6)])
+
+
+def _shared(
+    asked: Sequence[str],
+    exact: frozenset[str],
+    rarity: Mapping[str, float],
+    most: float,
+    title: Sequence[str],
+    text: Sequence[str],
+) -> list[float]:
+    wanted, named, held = set(asked), set(title), {*title, *text}
+    pairs = set(pairwise(asked))
+    both = {*pairwise(title), *pairwise(text)}
+    return [
+        sum(rarity.get(word, 0.0) for word in wanted & held) / most,
+        sum(rarity.get(word, 0.0) for word in wanted & named) / most,
+        len(wanted & named) / max(1, len(named)),
+        len(pairs & both) / max(1, len(pairs)),
+        len(exact & held) / len(exact) if exact else 0.5,
+        math.log1p(len(text)),
+    ]
+
+
+def _exact(question: str) -> frozenset[str]:
+    """The numbers and names of a question: words with a digit, and those written large inside it."""
+    words = question.split()
+    kept = [w for i, w in enumerate(words) if any(c.isdigit() for c in w) or (i and w[:1].isupper())]
+    return frozenset(tokens([" ".join(kept)])[0])
+
+
+def _ranks(scores: Floats) -> Floats:
+    ranks = np.empty(len(scores))
+    ranks[np.argsort(-scores, kind="stable")] = np.arange(len(scores))
+    return ranks
+
+
+class CrossEncoder:
+    """A model that reads question and passage together (Nogueira & Cho 2019, arXiv 1901.04085); loaded at first use."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def scores(self, question: str, hits: Sequence[Hit]) -> Floats:
+        """How well each passage [n] answers; only the order counts. Raises SetupError when there is no such model."""
+        pairs = [(question, f"{hit.passages[0].title}\n{hit.passages[0].text}".strip()) for hit in hits]
+        return np.asarray(self._model.predict(pairs, show_progress_bar=False), np.float64).reshape(-1)
+
+    @cached_property
+    def _model(self) -> Any:
+        from sentence_transformers import CrossEncoder as Model
+
+        if not any(self.path.glob("*.safetensors")):
+            raise SetupError(
+                f"{self.path} holds no cross-encoder with safetensors; name the folder of one in the setting "
+                "`retrieval.cross_encoder`, or leave that empty."
+            )
+        return Model(str(self.path), device="cpu", local_files_only=True)
