@@ -34,21 +34,33 @@ class Attacher:
         self._corpora = attachments.corpora
         self._files = files
         self._busy = busy
+        self._looked = float("-inf")
 
     async def run(self) -> None:
         """Works for ever. Cancelled, it leaves what it was at to the next start."""
-        await asyncio.to_thread(self._recover)
-        looked = 0.0
+        begun = False
         while True:
-            if time.monotonic() - looked > _EXPIRE_S:
-                looked = time.monotonic()
-                await asyncio.to_thread(self._corpora.expire)
-            row = await asyncio.to_thread(self._attachments.claim)
-            if row is None:
-                await asyncio.sleep(_POLL_S)
-                continue
+            try:
+                if not begun:
+                    await asyncio.to_thread(self._recover)
+                    begun = True
+                if await self._next():
+                    continue
+            except Exception:
+                # a full disk or a busy database must not end the work for good
+                log.exception("files could not be put into corpora; trying again")
+            await asyncio.sleep(_POLL_S)
+
+    async def _next(self) -> bool:
+        """One file, if one waits."""
+        if time.monotonic() - self._looked > _EXPIRE_S:
+            self._looked = time.monotonic()
+            await asyncio.to_thread(self._corpora.expire)
+        row = await asyncio.to_thread(self._attachments.claim)
+        if row is not None:
             await self._quiet()
             await asyncio.to_thread(self._do, row)
+        return row is not None
 
     def _recover(self) -> None:
         self._corpora.recover()
