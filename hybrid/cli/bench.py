@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -95,6 +95,25 @@ def embed(
         model = materialise(settings.embedder, settings.cache, progress)
         run = BENCHMARKS["embed"].measure(
             source, embedding=model, passages=passages, questions=questions, rounds=rounds, progress=progress
+        )
+        _show(run, json_)
+
+
+@app.command("retrieval", help=BENCHMARKS["retrieval"].description)
+def retrieval(
+    task: Annotated[Path, typer.Option(metavar="DIR", help="a task folder whose questions name their passages")],
+    split: Annotated[Literal["dev", "test"], typer.Option(help="dev: half teaches, half is measured")] = "dev",
+    limit: Annotated[int | None, typer.Option(min=1, help="questions that are measured")] = None,
+    corpus: Annotated[str | None, typer.Option(help="a corpus of this home (default: the task's corpus.jsonl)")] = None,
+    json_: Json = False,
+) -> None:
+    """Needs no server. The weight and the closer look are learned from dev questions, never from those measured."""
+    settings = Settings.load()
+    offline_environment()
+    with bar() as progress:
+        model = materialise(settings.embedder, settings.cache, progress)
+        run = BENCHMARKS["retrieval"].measure(
+            settings, task, embedding=model, split=split, limit=limit, corpus=corpus, progress=progress
         )
         _show(run, json_)
 

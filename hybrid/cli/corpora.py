@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from hybrid.cli.index import open_library
-from hybrid.cli.say import data, say, text
+from hybrid.cli.say import bar, data, say, text
 from hybrid.lifecycle.attachments import Attachments
 from hybrid.lifecycle.corpora import Corpora
+from hybrid.lifecycle.tune_search import dev_examples, learn
 from hybrid.settings import Settings
 from hybrid.state import State
 from hybrid.types import JSON, Rights
@@ -110,6 +111,33 @@ def alike(name: Annotated[str, typer.Argument(help="the corpus")], json_: Json =
     for group in found:
         text(f"{len(group)}  {', '.join(p.id for p in group)}\n   {group[0].text[:200]}")
     say(f"{sum(map(len, found))} passages of {name} in {len(found)} groups say almost the same.")
+
+
+@app.command("tune")
+def tune(
+    name: Name,
+    task: Annotated[Path, typer.Option(metavar="DIR", help="a task folder; its dev questions name their passages")],
+    json_: Json = False,
+) -> None:
+    """Learns from a task's dev questions how a corpus is searched best, and searches it so from now on.
+
+    hybrid corpora tune handbook --task tasks/handbook
+    """
+    folder, examples = dev_examples(task)
+    library = open_library(Settings.load())
+    with bar() as progress:
+        learned = learn(library, name, folder, examples, progress)
+    library.tune(name, learned)
+    if json_:
+        data({"weight": learned.weight, "rerank": learned.reranker is not None, **learned.facts})
+        return
+    facts = learned.facts
+    closer = "a closer look helps and is taken" if learned.reranker else "a closer look does not help and is left out"
+    say(
+        f"{name}: meaning counts {learned.weight:g}, words {1 - learned.weight:g}; {closer}. nDCG@10 on "
+        f"{facts['questions']} dev questions: {facts['ndcg@10']} before, {facts['fused']} fused, "
+        f"{facts['reranked']} after the closer look (on questions it did not learn from)."
+    )
 
 
 @app.command("backup")

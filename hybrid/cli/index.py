@@ -14,6 +14,7 @@ from hybrid.knowledge.search import Library
 from hybrid.models import materialise
 from hybrid.rooms import check_name
 from hybrid.settings import Settings, offline_environment
+from hybrid.types import Passage
 
 
 def open_library(settings: Settings) -> Library:
@@ -59,8 +60,18 @@ def search(
     """
     hits = open_library(Settings.load()).search(corpus, query, k, every_id=True)
     if json_:
-        rows = [{"id": h.id, "title": h.title, "text": h.text, "score": round(h.score, 4)} for h in hits]
+        rows = [
+            {"id": h.id, "title": h.title, "text": h.text, "score": round(h.score, 4)}
+            | {"scores": h.scores.wire() if h.scores else None}
+            for h in hits
+        ]
         data({"hits": rows})
         return
     for hit in hits:
-        text(f"{hit.score:.3f}  {hit.id}  {hit.title}\n       {hit.text[:300]}")
+        text(f"{_scores(hit)}  {hit.id}  {hit.title}\n       {hit.text[:300]}")
+
+
+def _scores(hit: Passage) -> str:
+    """What each stage made of a passage, the cosine first."""
+    others = [] if hit.scores is None else [f"{k} {v}" for k, v in hit.scores.wire().items() if v and k != "dense"]
+    return "  ".join([f"{hit.score:.3f}", *others])

@@ -1,7 +1,8 @@
 """Search by words: BM25 (Robertson & Zaragoza 2009) as Lucene scores it, by bm25s (Lù 2024, arXiv 2407.03618).
 
 A generation holds the index of its passages, title and text; what was committed since is indexed in memory beside it.
-The two are scored as one: each counts in how many passages of both a word stands. Nothing is assumed of the language.
+The two are scored as one: each counts in how many passages of both a word stands. The index assumes
+nothing of the language.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def scored(parts: Sequence[Words], question: str) -> Scored:
     total = sum(len(part.rows) for part in parts)
     scores = [np.zeros(max(1, len(part.rows)), np.float32) for part in parts]
     rarity: dict[str, float] = {}
-    for word, times in Counter(tokens([question])[0]).items():
+    for word, times in Counter(_telling(tokens([question])[0])).items():
         postings = [part.postings(word) for part in parts]
         rare = rarity[word] = _rarity(total, sum(len(at) for at, _ in postings))
         for part, into, (at, worth) in zip(parts, scores, postings, strict=True):
@@ -124,6 +125,14 @@ def scored(parts: Sequence[Words], question: str) -> Scored:
     rows = [part.rows for part in parts]
     empty = np.empty(0, np.int64)
     return Scored(np.concatenate([empty, *rows]), np.concatenate([empty.astype(np.float32), *kept]), rarity)
+
+
+def _telling(words: Sequence[str]) -> Sequence[str]:
+    """A question without the English words that tell nothing, unless it has no others: few passages do not show yet
+    how common they are."""
+    from bm25s.stopwords import STOPWORDS_EN
+
+    return [word for word in words if word not in STOPWORDS_EN] or words
 
 
 def _rarity(passages: int, having: int) -> float:

@@ -42,13 +42,17 @@ class Tuned:
             if read["sha256"] != _sum(value) or value["columns"] != list(COLUMNS):
                 raise ValueError("its sum or its columns differ")
             kept = value["reranker"]
-            reranker = kept and Reranker(**{k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()})
-            return cls(float(value["weight"]), reranker, value["facts"])
+            return cls(float(value["weight"]), None if kept is None else _reranker(kept), value["facts"])
         except FileNotFoundError:
             return cls()
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s cannot be used (%s); run `hybrid corpora tune` again.", path, error)
             return cls()
+
+
+def _reranker(value: JSON) -> Reranker:
+    columns = {key: tuple(map(float, value[key])) for key in ("mean", "scale", "weights")}
+    return Reranker(columns["mean"], columns["scale"], columns["weights"], float(value["bias"]))
 
 
 def _sum(value: Any) -> str:

@@ -152,7 +152,10 @@ class Bound:
             self.usage += usage
 
     async def search(self, corpus: str | None, query: str, k: int) -> tuple[Passage, ...]:
-        return await asyncio.to_thread(self._library.search, corpus, query, k, rights=self._request.rights)
+        def found() -> tuple[Passage, ...]:
+            return self._library.around(self._library.search(corpus, query, k, rights=self._request.rights))
+
+        return await asyncio.to_thread(found)
 
     async def examples(self, task: str | None, query: str, k: int) -> tuple[tuple[str, str], ...]:
         shelves = self._shelves(task, self._request.rights)

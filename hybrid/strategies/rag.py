@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from hybrid.errors import BadRequest
+from hybrid.knowledge.followup import bare, search_query
 from hybrid.prompts import instructed, last_user, replace_last_user, with_passages
 from hybrid.strategies.tools import Tools
 from hybrid.types import Arm, Event, Request, Retrieved
@@ -22,7 +23,9 @@ async def run(request: Request, arm: Arm, tools: Tools) -> AsyncIterator[Event]:
         raise BadRequest("rag answers chat requests; send `messages` to /v1/chat/completions.", param="model")
     named = arm.args[1:] if arm.adapter else arm.args
     corpus = request.knobs.corpus or (named[0] if named else None)
-    found = await tools.search(corpus, request.query, request.knobs.top_k or tools.top_k)
+    # in a panel the messages are drafts, and the question stands beside them
+    query = bare(request.about) if request.about else search_query(request.messages)
+    found = await tools.search(corpus, query, request.knobs.top_k or tools.top_k)
     passages = tools.fit(found)
     yield Retrieved(passages)
     asked = instructed(request.messages, tools.instruction)

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hybrid.errors import BadRequest
-from hybrid.knowledge.search import Library
+from hybrid.knowledge.followup import search_query
+from hybrid.knowledge.search import Library, Question
 from hybrid.prompts import replace_last_user, with_passages, within_budget
 from hybrid.training import lora
 from hybrid.training.data import Dataset, digest
@@ -84,10 +85,14 @@ class Retriever:
         return _grounded(rows, shown), _share(found, gold), _share(shown, gold)
 
     def found(self, rows: Sequence[Example]) -> list[tuple[Passage, ...]]:
-        """What a search with each row's last message finds, as far as the prompt's budget goes."""
-        vectors = self.job.embedder.embed([row.question for row in rows])
-        top_k = self.job.settings.retrieval.top_k
-        return [self._fit(self.library.search(self.corpus, vector, top_k)) for vector in vectors]
+        """What a search with each row's question finds, as far as the prompt's budget goes."""
+        queries = [search_query(row.messages) for row in rows]
+        vectors = self.job.embedder.embed(queries)
+        return [self._search(Question(*asked)) for asked in zip(queries, vectors, strict=True)]
+
+    def _search(self, question: Question) -> tuple[Passage, ...]:
+        found = self.library.search(self.corpus, question, self.job.settings.retrieval.top_k)
+        return self._fit(self.library.around(found))
 
     def _fit(self, passages: Sequence[Passage]) -> tuple[Passage, ...]:
         return within_budget(passages, self.job.settings.retrieval.passage_budget_tokens, self.count)
