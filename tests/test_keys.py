@@ -11,6 +11,7 @@ from hybrid.errors import BadRequest, NotFound, Unauthorized
 from hybrid.keys import Keys
 from hybrid.server.access import Access
 from hybrid.state import State
+from hybrid.types import Arm
 
 
 @pytest.fixture
@@ -76,3 +77,26 @@ def test_where_strangers_connect_no_key_means_closed(keys: Keys) -> None:
     made = keys.create("alice")
     assert access.caller(f"Bearer {made['key']}".encode()).id == made["id"]
     assert not access.caller(f"Bearer {made['key']}".encode()).admin
+
+
+def test_S4_a_key_names_its_groups_and_what_alone_it_may_ask(keys: Keys) -> None:
+    made = keys.create("alice", groups=["sales", "sales", "ops"], arms=["bank", "rag:prices", "moa"])
+    assert (made["groups"], made["arms"]) == (["ops", "sales"], ["adapter:bank", "moa", "rag:prices"])
+    rights = keys.rights(made["id"])
+    assert (rights.admin, rights.groups) == (False, {"ops", "sales"})
+    asked = {"adapter:bank": True, "rag:prices": True, "prompt": True, "adapter:other": False, "rag:secret": False}
+    assert {arm: rights.may(Arm.parse(arm)) for arm in asked} == asked
+    assert keys.rights("local").admin
+    assert not keys.rights("key_that_is_gone").may(Arm.parse("adapter:bank"))
+    assert keys.rights(keys.create("root", ["admin"])["id"]).admin
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"groups": ["two words"]}, {"groups": [""]}, {"arms": ["rag:a:b"]}, {"arms": ["mix:a=1"]}, {"arms": ["a b"]}],
+)
+def test_a_key_takes_only_groups_and_arms_that_can_be(keys: Keys, wrong: dict[str, list[str]]) -> None:
+    with pytest.raises(BadRequest):
+        keys.create("alice", **wrong)
+    with pytest.raises(BadRequest):
+        keys.create("root", ["admin"], arms=["bank"])

@@ -39,7 +39,7 @@ def _told(corpora: Corpora, row: JSON) -> JSON:
 def list_(json_: Json = False) -> None:
     """Every corpus, what it holds and who sees it."""
     corpora = _attachments().corpora
-    rows = [_told(corpora, row) for row in corpora.list(OWNER)]
+    rows = [_told(corpora, row) for row in corpora.listed(OWNER)]
     if json_:
         data({"corpora": rows})
         return
@@ -54,7 +54,7 @@ def show(name: Name, json_: Json = False) -> None:
     attachments = _attachments()
     row = attachments.corpora.named(name, OWNER)
     kept = ("file", "filename", "status", "error", "bytes", "attributes", "groups", "created")
-    files = [{"id" if key == "file" else key: one[key] for key in kept} for one in attachments.list(row, OWNER)]
+    files = [{"id" if key == "file" else key: one[key] for key in kept} for one in attachments.listed(row, OWNER)]
     if json_:
         data({**_told(attachments.corpora, row), "files": files})
         return

@@ -83,7 +83,7 @@ class Attachments:
                     connection.execute(update(table).where(same).values(batch=batch_id))
         return batch_id
 
-    def list(self, corpus: JSON, rights: Rights, *, batch: str | None = None) -> list[JSON]:
+    def listed(self, corpus: JSON, rights: Rights, *, batch: str | None = None) -> list[JSON]:
         """The files of a corpus, or of one batch, that the caller may read, in the order they came."""
         rows = {row["file"]: row for row in self._rows(corpus, batch)}
         found = [

@@ -72,7 +72,7 @@ class Corpora:
             raise Conflict(f"The name {row['name']!r} is taken; choose another one.", param="name") from None
         return self._row(str(row["id"])) or row
 
-    def list(self, rights: Rights) -> list[JSON]:
+    def listed(self, rights: Rights) -> list[JSON]:
         """Every corpus that the caller sees, the oldest first."""
         there = self._register()
         with self._state.transaction() as connection:
@@ -96,7 +96,7 @@ class Corpora:
 
     def named(self, name: str, rights: Rights) -> JSON:
         """The one of a name. Raises NotFound."""
-        for row in self.list(rights):
+        for row in self.listed(rights):
             if row["name"] == name:
                 return row
         raise NotFound(f"There is no corpus {name[:80]!r}; `hybrid corpora list` shows them.", param="corpus")

@@ -104,10 +104,12 @@ def chunking(body: Mapping[str, Any]) -> JSON | None:
     value = body.get("chunking_strategy")
     if value is None or (isinstance(value, dict) and value.get("type") == "auto"):
         return None
-    static = value.get("static") if isinstance(value, dict) and value.get("type") == "static" else None
-    size, overlap = (static or {}).get("max_chunk_size_tokens"), (static or {}).get("chunk_overlap_tokens")
+    static: Any = value.get("static") if isinstance(value, dict) and value.get("type") == "static" else None
+    sizes = static if isinstance(static, dict) else {}
+    size: Any = sizes.get("max_chunk_size_tokens")
+    overlap: Any = sizes.get("chunk_overlap_tokens")
     whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (size, overlap))
-    if not isinstance(static, dict) or not whole or not 100 <= size <= 4096 or not 0 <= 2 * overlap <= size:
+    if not whole or not 100 <= size <= 4096 or not 0 <= 2 * overlap <= size:
         raise BadRequest(
             "`chunking_strategy` is auto, or static with `max_chunk_size_tokens` from 100 to 4096 and "
             "`chunk_overlap_tokens` of at most half of it.",

@@ -162,7 +162,7 @@ def _listed(
     row = here.corpora.get(store_id, rights)
     if batch is not None:
         here.attachments.batch(row, batch)
-    files = [read.file_object(one) for one in here.attachments.list(row, rights, batch=batch)]
+    files = [read.file_object(one) for one in here.attachments.listed(row, rights, batch=batch)]
     found, more = read.paged([one for one in files if status in (None, one["status"])], **cursor)
     return page(found, more)
 

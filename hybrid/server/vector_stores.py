@@ -75,7 +75,7 @@ async def list_stores(
     here, rights = house(request), rights_of(request)
 
     def listed() -> JSON:
-        rows = here.corpora.list(rights)
+        rows = here.corpora.listed(rights)
         found, more = read.paged(rows, after=after, before=before, limit=limit, newest=order == "desc")
         return page([_told(here, row) for row in found], more)
 
