@@ -5,14 +5,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from sentence_transformers import CrossEncoder
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from typer.testing import CliRunner
 
-from hybrid.errors import DataError, Refused
+from hybrid.cli import app
+from hybrid.errors import DataError, Refused, SetupError
 from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.followup import search_query
+from hybrid.knowledge.rerank import COLUMNS, Reranker
 from hybrid.knowledge.search import Library
 from hybrid.knowledge.store import About
 from hybrid.knowledge.tuned import Tuned
@@ -167,24 +173,56 @@ def test_tune_learns_from_dev_questions_and_every_process_searches_by_it(
     assert open_library().tuned("town") == learned
 
 
-def test_a_learned_closer_look_orders_the_best_and_can_be_switched_off(
-    open_library: Open, folder: Path, tmp_path: Path
-) -> None:
+def test_a_closer_look_orders_the_best_and_can_be_switched_off(open_library: Open, folder: Path) -> None:
     library = open_library()
     library.ingest("town", folder)
-    worst = Tuned(weight=1.0)  # by meaning alone the codes are hard to tell apart
-    library.tune("town", worst)
-    read, examples = dev_examples(task(tmp_path / "parts", 40))
-    taught = learn(library, "town", read, examples[:20])
-    model = Tuned(1.0, taught.reranker) if taught.reranker else None
-    if model is None:  # fused, they are told apart already: then there is nothing to learn, and nothing was
-        assert taught.facts["reranked"] <= taught.facts["fused"]
-        return
-    library.tune("town", model)
-    found = library.search("town", "what does ZX-4150Q cost?", 3)
-    assert found[0].id == "ZX-4150Q"
+    query = "what does ZX-4117Q cost?"
+    plain = ids(library, query, 20)
+    farthest_first = tuple(-1.0 if name == "dense" else 0.0 for name in COLUMNS)
+    library.tune("town", Tuned(0.6, Reranker((0.0,) * 12, (1.0,) * 12, farthest_first, 0.0)))
+    found = library.search("town", query, 20)
     assert all(p.scores and p.scores.rerank is not None for p in found)
-    assert all(p.scores and p.scores.rerank is None for p in open_library(rerank=False).search("town", "pump", 3))
+    assert [p.score for p in found] == sorted(p.score for p in found)
+    assert "ZX-4117Q" not in [p.id for p in found]
+    assert ids(open_library(rerank=False), query, 20) == plain
+
+
+def test_a_cross_encoder_takes_the_closer_look(open_library: Open, folder: Path, tmp_path: Path) -> None:
+    library = open_library()
+    library.ingest("town", folder)
+    model = tmp_path / "cross"
+    tokenizer = AutoTokenizer.from_pretrained(library.embedder.path)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        num_labels=1, initializer_range=1.0,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    query = "what does ZX-4117Q cost?"
+    found = open_library(cross_encoder=str(model)).search("town", query, 5)
+    told = CrossEncoder(str(model), device="cpu").predict([(query, p.text) for p in found])
+    assert [p.scores.rerank for p in found if p.scores] == pytest.approx(told.tolist(), abs=1e-5)
+    assert told.tolist() == sorted(told.tolist(), reverse=True)
+    with pytest.raises(SetupError, match="cross_encoder"):
+        open_library(cross_encoder=str(tmp_path / "nowhere")).search("town", query, 5)
+
+
+def test_the_command_line_tunes_searches_and_measures(home: Path, folder: Path, tmp_path: Path) -> None:
+    parts = task(tmp_path / "parts", 24)
+    (parts / "corpus.jsonl").write_text((folder / "corpus.jsonl").read_text())
+    run = partial(CliRunner().invoke, app, env={"HYBRID_HOME": str(home)}, catch_exceptions=False)
+    assert run(["index", str(parts), "--name", "town"]).exit_code == 0
+    tuned = json.loads(run(["corpora", "tune", "town", "--task", str(parts), "--json"]).stdout)
+    assert tuned["questions"] == 24
+    (hit,) = json.loads(run(["search", "town", "ZX-4117Q", "--k", "1", "--json"]).stdout)["hits"]
+    assert hit["id"] == "ZX-4117Q"
+    assert hit["scores"]["lexical"] > 0
+    for more in ([], ["--corpus", "town", "--limit", "6"]):
+        told = json.loads(run(["bench", "retrieval", "--task", str(parts), "--json", *more]).stdout)
+        assert told["summary"]["passages"] == len(CODES | FACTS)
+        assert told["summary"]["questions"] == (6 if more else 12)
+        by_words = next(row for row in told["rows"] if row["stages"] == "words")
+        assert by_words["recall@1"].startswith("1.0000")
 
 
 def test_tune_refuses_a_test_split_and_questions_that_stand_in_it(tmp_path: Path) -> None:
