@@ -24,7 +24,8 @@ from gate_kit import (
 from hybrid.errors import BadRequest, Forbidden
 from hybrid.gate.features import Vectors
 from hybrid.gate.kept import fingerprint, keep, kept
-from hybrid.gate.lexicon import Lexicon, bare_input, look
+from hybrid.gate.general import general_lines
+from hybrid.gate.lexicon import Lexicon, Wording, bare_input, look
 from hybrid.gate.model import DEFAULT, Gate, Scores, Weights
 from hybrid.gate.policy import Policy
 from hybrid.gate.train import pseudo_questions, train_gate
@@ -326,3 +327,13 @@ def test_kept_weights_that_cannot_be_used_are_none(tmp_path: Path, harm: str) ->
         path = next(home.hidden.rglob("x.safetensors"))
         path.write_bytes(path.read_bytes()[:-3])
     assert kept(home, "x") is None
+
+
+def test_the_table_of_words_says_what_each_lexicon_says() -> None:
+    general = Lexicon.of(general_lines())
+    lexicons = [Lexicon.of(GARDEN_ASKED), Lexicon.of(LIBRARY_ASKED), Lexicon()]
+    table = Wording.of(lexicons, general)
+    for text in (*GARDEN_ASKED, *LIBRARY_ASKED, *STRANGERS, "", "zzz", "长城在哪里？"):
+        asked = look(text)
+        each = [lexicon.familiarity(asked, general) for lexicon in lexicons]
+        assert np.allclose(table.familiarity(asked), each, atol=1e-5), text

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise, zip_longest
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,12 @@ from hybrid.gate.features import (
     Numbers,
     Vectors,
     View,
-    closeness,
     form_features,
     general_features,
     message_features,
     passage_features,
 )
-from hybrid.gate.lexicon import Lexicon, look
+from hybrid.gate.lexicon import Lexicon, Wording, look
 from hybrid.types import PROMPT, Arm, Passage
 
 #: prototypes kept of one view of one arm: a seeded sample, enough for the neighbours, small enough for a millisecond
@@ -75,7 +75,7 @@ class Own:
     row: int
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False)
 class Bank:
     """Everything enrolled. `stack` [N, d] holds all views one below another; `spans` says which rows are whose.
 
@@ -100,6 +100,12 @@ class Bank:
         spans = {key: slice(*pair) for key, pair in zip(keys, pairwise(ends), strict=True)}
         stack = np.concatenate(blocks) if blocks else np.zeros((0, 0), np.float32)
         return cls(measured, {arm: c.against(strangers) for arm, c in corpora.items()}, stack, spans, outside)
+
+    @cached_property
+    def _spoken(self) -> Wording:
+        """The words of every arm that has messages, made when a request first asks: a bank is often replaced before."""
+        named = [m.lexicon for arm, m in self.messages.items() if arm != PROMPT and m.views]
+        return Wording.of(named, self.messages[PROMPT].lexicon if PROMPT in self.messages else Lexicon())
 
     def similarities(self, vectors: Vectors, own: Sequence[Own | None] = ()) -> Vectors:
         """Cosines [rows, N] of unit vectors [rows, d] with all messages; a request and itself are -inf apart."""
@@ -127,22 +133,29 @@ class Bank:
         """What each arm shows of each request: [rows, columns of its kind]. `found[corpus][row]` are passages."""
         form = form_features(queries)
         asked = [look(query) for query in queries]
+        leaning = np.stack([self._spoken.familiarity(words) for words in asked])
         out: dict[Arm, Numbers] = {PROMPT: general_features(self._of(PROMPT, cosines))}
-        for arm, m in self.messages.items():
-            if arm != PROMPT and m.views:
-                parts = [cosines[:, self.spans[arm, i]] for i in range(len(m.views))]
-                near = message_features(m.views, parts)
-                out[arm] = np.column_stack([np.ones(len(near)), near, self._wording(arm, asked, own)])
+        named = [(arm, m) for arm, m in self.messages.items() if arm != PROMPT and m.views]
+        for place, (arm, m) in enumerate(named):
+            parts = [cosines[:, self.spans[arm, i]] for i in range(len(m.views))]
+            near = message_features(m.views, parts)
+            words = self._wording(arm, asked, leaning[:, place], own)
+            out[arm] = np.column_stack([np.ones(len(near)), near, words])
         for arm, corpus in self.corpora.items():
             rows = zip(queries, form, found[arm], strict=True)
             out[arm] = np.stack([passage_features(corpus, q, f, p) for q, f, p in rows])
         return out
 
-    def _wording(self, arm: Arm, asked: Sequence[Sequence[str]], own: Sequence[Own | None]) -> Numbers:
+    def _wording(
+        self, arm: Arm, asked: Sequence[Sequence[str]], leaning: Numbers, own: Sequence[Own | None]
+    ) -> Numbers:
+        """[rows, 3] from what the table says [rows, 2]; an arm's own messages are asked without their own words."""
         lexicon, general = self.messages[arm].lexicon, self.messages[PROMPT].lexicon
-        mine = (o is not None and o.arm == arm for _, o in zip_longest(asked, own))
-        rows = zip(asked, mine, strict=True)
-        return np.array([(*lexicon.familiarity(a, general, o), lexicon.oddity(a)) for a, o in rows])
+        out = np.column_stack([leaning, [lexicon.oddity(words) for words in asked]])
+        for row, mine in enumerate(own):
+            if mine is not None and mine.arm == arm:
+                out[row, :2] = lexicon.familiarity(asked[row], general, own=True)
+        return out
 
     def _of(self, arm: Arm, cosines: Vectors) -> Vectors:
         span = self.spans.get((arm, 0))
@@ -161,11 +174,6 @@ class Bank:
             if text:
                 out.setdefault((arm, text), float(cosines[row]))
         return [(arm, text, cosine) for (arm, text), cosine in out.items()][:k]
-
-    def nearness(self, arm: Arm, cosines: Vectors) -> float:
-        """The mean cosine of the five nearest messages of an arm to one request, in its better view."""
-        spans = [span for (owner, _), span in self.spans.items() if owner == arm]
-        return max((float(closeness(cosines[None, span])[1][0]) for span in spans), default=-1.0)
 
 
 def _against(messages: Messages, strangers: Vectors | None) -> Messages:

@@ -9,6 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean, pstdev
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 _IDEOGRAPHS = "\u3040-\u30ff\u3400-\u9fff"
 #: words, single ideographs, and marks: brackets and bars tell forms apart as well as words do
@@ -112,3 +116,42 @@ class Lexicon:
 
         best = sorted(map(ratio, pairs))[-_CUES:]
         return sum(map(ratio, asked)) / len(asked), sum(best) / len(best)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Wording:
+    """The log-likelihood ratios of many lexicons in one table, so that a request costs a look-up a word and not one a
+    word and arm. `ratios` is [words + 1, lexicons]; its last row is that of a word that nobody uses."""
+
+    places: Mapping[str, int] = field(default_factory=dict)
+    ratios: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((1, 0), np.float32))
+
+    @classmethod
+    def of(cls, lexicons: Sequence[Lexicon], general: Lexicon) -> Wording:
+        """The table of `lexicons` against general requests: what `Lexicon.familiarity` says of others' requests."""
+        words = list(dict.fromkeys(word for lexicon in lexicons for word in lexicon.counts))
+        common = np.array([general.counts.get(word, 0) + 1 for word in words], float) / (general.total + _UNSEEN)
+        columns = [_ratios(lexicon, words, common) for lexicon in lexicons]
+        ratios = np.column_stack(columns) if columns else np.zeros((1, 0))
+        return cls({word: i for i, word in enumerate(words)}, ratios.astype(np.float32))
+
+    def familiarity(self, asked: Sequence[str]) -> npt.NDArray[np.float64]:
+        """[lexicons, 2]: what `Lexicon.familiarity` says for each of them."""
+        if not asked or not self.ratios.shape[1]:
+            return np.zeros((self.ratios.shape[1], 2))
+        pairs = np.sort(self._rows(phrases(asked)), axis=0)[-_CUES:]
+        return np.stack([self._rows(asked).mean(axis=0), pairs.mean(axis=0)], axis=1)
+
+    def _rows(self, words: Sequence[str]) -> npt.NDArray[np.float64]:
+        unknown = len(self.ratios) - 1
+        found: Any = self.ratios[[self.places.get(word, unknown) for word in words]]
+        return found.astype(np.float64)  # type: ignore[no-any-return]
+
+
+def _ratios(lexicon: Lexicon, words: Sequence[str], common: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """[words + 1]; a lexicon of nothing leans nowhere."""
+    if not lexicon.total:
+        return np.zeros(len(words) + 1)
+    seen = np.array([lexicon.counts.get(word, 0) for word in words], float)
+    smoothed = np.append(seen / common, 0.0) + _MIXED
+    return np.clip(np.log(smoothed / (lexicon.total + _MIXED)), _LEAST, _MOST)

@@ -91,6 +91,10 @@ class Scores:
         return cls({arm: 1 / len(arms) for arm in arms}, dict.fromkeys(arms, "no adapter or corpus is enrolled yet"))
 
 
+#: the column that says how near an adapter's messages are, times four
+_MEAN5 = COLUMNS["messages"].index("mean5")
+
+
 class Gate:
     """Arms and weights. Enrolling and scoring may happen in different threads: a score uses one bank throughout."""
 
@@ -176,7 +180,7 @@ class Gate:
         features = bank.features([query], cosines, {arm: [p] for arm, p in found.items()})
         utilities = np.array([weights.utility(arm, x)[0] for arm, x in features.items()])
         owners = dict(zip(features, softmax(utilities).tolist(), strict=True))
-        why = _reasons(bank, cosines[0], found)
+        why = _reasons(bank, features, found)
         near = tuple(
             {"arm": str(arm), "text": text, "similarity": round(cosine, 4)}
             for arm, text, cosine in bank.neighbours(cosines[0], NEAREST)
@@ -202,12 +206,12 @@ def softmax(utilities: Numbers) -> Numbers:
     return odds / odds.sum(axis=-1, keepdims=True)  # type: ignore[no-any-return]
 
 
-def _reasons(bank: Bank, cosines: Vectors, found: Mapping[Arm, Sequence[Passage]]) -> dict[Arm, str]:
+def _reasons(bank: Bank, features: Mapping[Arm, Numbers], found: Mapping[Arm, Sequence[Passage]]) -> dict[Arm, str]:
     out = {PROMPT: "nothing that was trained or indexed is nearer than general requests"}
     for arm, messages in bank.messages.items():
         if arm.strategy not in (PROMPT.strategy, TASK) and messages.views:
             count = min(NEAREST, len(messages.views[0].vectors))
-            near = bank.nearness(arm, cosines)
+            near = features[arm][0, _MEAN5] / 4
             out[arm] = f"nearest to {count} training messages of {arm.adapter}, similarity {near:.2f}"
     for arm, passages in found.items():
         title = (passages[0].title or passages[0].id) if passages else ""
