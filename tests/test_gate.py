@@ -23,8 +23,8 @@ from gate_kit import (
 
 from hybrid.errors import BadRequest, Forbidden
 from hybrid.gate.features import Vectors
-from hybrid.gate.kept import fingerprint, keep, kept
 from hybrid.gate.general import general_lines
+from hybrid.gate.kept import fingerprint, keep, kept
 from hybrid.gate.lexicon import Lexicon, Wording, bare_input, look
 from hybrid.gate.model import DEFAULT, Gate, Scores, Weights
 from hybrid.gate.policy import Policy
