@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 from hybrid.cli import app
 from hybrid.errors import DataError, Refused, SetupError
 from hybrid.knowledge.embed import Embedder
-from hybrid.knowledge.followup import search_query
 from hybrid.knowledge.rerank import COLUMNS, Reranker
 from hybrid.knowledge.search import Library
 from hybrid.knowledge.store import About
@@ -26,6 +25,7 @@ from hybrid.lifecycle.tune_search import dev_examples, learn
 from hybrid.models import materialise
 from hybrid.rooms import Home
 from hybrid.settings import DEFAULT_EMBEDDER, RetrievalSettings, Settings
+from hybrid.strategies.followup import search_query
 from hybrid.types import Message, Rights
 
 CODES = {f"ZX-{n}Q": f"Part ZX-{n}Q of the pump costs {n % 90} coins and is made of brass." for n in range(4100, 4160)}

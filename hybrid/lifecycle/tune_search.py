@@ -18,11 +18,11 @@ from hybrid.errors import DataError, Refused
 from hybrid.evaluation.metrics import Example
 from hybrid.evaluation.retrieval import ndcg
 from hybrid.evaluation.tasks import Task, read_split, read_task
-from hybrid.knowledge.followup import search_query
 from hybrid.knowledge.ranking import CLOSER, WEIGHT, Floats, Hit, fused, reranked
 from hybrid.knowledge.rerank import Reranker, features
 from hybrid.knowledge.search import Library
 from hybrid.knowledge.tuned import Tuned
+from hybrid.strategies.followup import search_query
 from hybrid.types import Message
 
 Progress = Callable[[str, int, int], None]

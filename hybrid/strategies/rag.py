@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from hybrid.errors import BadRequest
-from hybrid.knowledge.followup import bare, search_query
 from hybrid.prompts import instructed, last_user, replace_last_user, with_passages
+from hybrid.strategies.followup import bare, search_query
 from hybrid.strategies.tools import Tools
 from hybrid.types import Arm, Event, Request, Retrieved
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hybrid.errors import BadRequest
-from hybrid.knowledge.followup import search_query
 from hybrid.knowledge.search import Library, Question
 from hybrid.prompts import replace_last_user, with_passages, within_budget
+from hybrid.strategies.followup import search_query
 from hybrid.training import lora
 from hybrid.training.data import Dataset, digest
 from hybrid.training.formats import Example
