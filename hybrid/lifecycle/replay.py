@@ -1,8 +1,9 @@
 """Logged decisions made again by another gate: what it would have chosen, and whether that would have been worse.
 
 The log holds the vector of a request and never its words, so whatever the gate reads in words is missing here: the
-words shared with passages, and the form of the request (length, question, code, options). Scores differ a little from
-those of the day for that reason alone, and every comparison is between two gates that miss the same.
+words shared with passages and examples, and the form of the request. The words of the nearest known request stand in
+for them where one is near; else there are none. Scores differ from those of the day for that reason alone, and every
+comparison is between two gates that miss the same.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from hybrid.types import JSON, PROMPT, Knobs
 
 #: decisions replayed at most, the newest
 MOST = 2000
+#: a known request this similar lends its words
+_NEAR = 0.5
 MISSING = ("the words of the request", "words shared with passages", "the form of the request")
 
 
@@ -127,8 +130,11 @@ class Desk:
 
 
 def chosen(gate: Gate, vector: Vectors, settings: GateSettings) -> Choice:
-    """What a gate and the rules choose for one unit vector [d], without words and without exploring."""
+    """What a gate and the rules choose for one unit vector [d], without exploring."""
     scores = gate.score("", vector)
+    near = max(scores.neighbours, key=lambda one: float(one["similarity"]), default=None)
+    if near is not None and near["similarity"] >= _NEAR:
+        scores = gate.score(str(near["text"]), vector)
     if gate.bandit:
         scores = scores.moved(gate.bandit.adjust(vector, settings.adjust_within))
     policy = Policy(settings.model_copy(update={"explore": 0.0, "cascade": 0.0}))
