@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -203,11 +202,9 @@ def test_a_broken_file_costs_itself_alone(tmp_path: Path) -> None:
 def test_a_file_that_never_ends_is_given_up_and_the_next_is_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "endless.txt")
     write(tmp_path / "next.txt", "Read.")
-    with Parser(Limits(seconds=1.0)) as parser:
-        before = time.monotonic()
-        with pytest.raises(DataError, match="longer than the 1 s"):
+    with Parser(Limits(seconds=3.0)) as parser:
+        with pytest.raises(DataError, match="longer than the 3 s"):
             parser.parse(tmp_path / "endless.txt", ".txt", "endless")
-        assert time.monotonic() - before < 60
         assert only(parser, tmp_path / "next.txt").text == "Read."
 
 

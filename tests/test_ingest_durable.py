@@ -121,7 +121,7 @@ def test_D2_a_full_disk_is_told_in_words_and_the_corpus_stays_whole(
     before, generation = ids(library), library.corpus("town").generation
     more = tmp_path / "more"
     more.mkdir()
-    for i in range(400):
+    for i in range(100):
         (more / f"late{i}.txt").write_text(f"Late note {i}. " + "The lamp was lit again and again. " * 20)
     argv = [sys.executable, "-c", FULL, str(tmp_path / "home"), str(embedder.path), embedder.name, str(more), str(size)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)

@@ -1,7 +1,7 @@
 """The process in which files are parsed: little memory, little time, no network, no writing, no other program.
 
-Reads one JSON line `{"file", "suffix", "name"}` a file from stdin and answers with a JSON line for every part or
-faulty row, then `{"end": null}` or `{"end": "what is wrong"}`. Started by `parser.py`.
+Says `{"ready": true}`, then reads one JSON line `{"file", "suffix", "name"}` a file from stdin and answers with a JSON
+line for every part or faulty row, and `{"end": null}` or `{"end": "what is wrong"}`. Started by `parser.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def main() -> None:
     """Serves until stdin ends. Arguments: bytes of memory, seconds of processor time a file."""
     memory, seconds = int(sys.argv[1]), int(sys.argv[2])
     confine(memory)
+    _tell({"ready": True})
     for line in sys.stdin.buffer:
         _allow_cpu(seconds)
         _tell({"end": _one(json.loads(line))})

@@ -102,6 +102,7 @@ class Parser:
             environment = {key: os.environ[key] for key in _PASSED if key in os.environ}
             pipe, null = subprocess.PIPE, subprocess.DEVNULL
             self._worker = subprocess.Popen([*argv, *limits], stdin=pipe, stdout=pipe, stderr=null, env=environment)
+            _pipes(self._worker)[1].readline()  # it is up: the time that took is no file's
         return self._worker
 
     def _stop(self) -> None:
