@@ -6,19 +6,24 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytest_asyncio
 from adapters_kit import filling
 from filelock import FileLock
 from gate_kit import BOOKS, GARDEN_TASK, LIBRARY_TASK, ORDERS, PLANTS, TROUBLES
 from server_kit import TOKEN, Running, chat, make_home, running, until
+from typer.testing import CliRunner
 
 from hybrid.adapters.preflight import read_base
+from hybrid.cli import app
 from hybrid.errors import Conflict
+from hybrid.gate.bandit import Bandit
+from hybrid.gate.feedback import Rewards
 from hybrid.gate.outcomes import read_outcomes
 from hybrid.gate.published import FEEDBACK, live_version, rollback
 from hybrid.gate.teach import teach
@@ -26,6 +31,7 @@ from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.examples import Shelf
 from hybrid.lifecycle.loop import Round, loop_once
 from hybrid.lifecycle.looping import Looping
+from hybrid.lifecycle.replay import open_desk
 from hybrid.rooms import write_json
 
 GARDEN = [t.format(p) for t in TROUBLES for p in PLANTS]
@@ -140,6 +146,26 @@ async def test_a_decision_tells_everything_it_rests_on(server: Running) -> None:
     assert "vector" not in record
 
 
+async def test_a_logged_decision_is_made_again_by_another_version(server: Running) -> None:
+    told = [await route(server, name) for name in TASKS]
+    await asyncio.to_thread(server.gateway.journal.flush)
+    ids = [decision["id"] for decision in told]
+
+    def replay(*words: str) -> Any:
+        done = CliRunner().invoke(app, ["gate", "replay", *words], env=server.settings.environment())
+        return json.loads(done.stdout) if done.exit_code == 0 else done.exception
+
+    same = await asyncio.to_thread(replay, *ids, "--json", "--gate", "gate@2")
+    older = await asyncio.to_thread(replay, *ids, "--json", "--gate", "gate@1")
+    assert [row["now"] for row in same["decisions"]] == [decision["arm"] for decision in told]
+    assert (same["n"], same["changed"]) == (2, 0)
+    assert older["n"] == 2
+    assert "the words of the request" in same["missing"]
+    since = await asyncio.to_thread(replay, "--since", "1", "--json")
+    assert {row["id"] for row in since["decisions"]} >= set(ids)
+    assert "no decision" in str(await asyncio.to_thread(replay, "dec_nobody"))
+
+
 async def test_thumbs_reach_the_scores_through_the_loop_and_can_be_rolled_back(server: Running) -> None:
     for row in range(50):
         for name, score in (("garden", 1.0), ("library", 0.0)):
@@ -160,6 +186,34 @@ async def test_thumbs_reach_the_scores_through_the_loop_and_can_be_rolled_back(s
     rooms = server.settings.rooms
     second = json.loads((rooms.adapters / FEEDBACK / "1" / "card.json").read_text())
     assert second["holdout"]["n"] + second["n"] == 100
+
+
+async def test_a_gate_that_people_liked_less_is_not_let_in(server: Running, embedder: Embedder) -> None:
+    settings = server.settings.model_copy(
+        update={"gate": server.settings.gate.model_copy(update={"adjust_within": 0.5, "abstain_below": 0.6})}
+    )
+    vectors = embedder.embed([f"{GARDEN_TASK}\n\n{text}" for text in GARDEN]).repeat(4, axis=0)
+    tried = ["adapter:garden" if i % 2 else "prompt" for i in range(len(vectors))]
+
+    def rewards(liked: str) -> Rewards:
+        reward = np.array([float(arm == liked) for arm in tried])
+        names = tuple(map(str, range(len(tried))))
+        half, at = np.full(len(tried), 0.5), np.arange(len(tried), dtype=float)
+        return Rewards(names, names, tuple(tried), vectors, reward, half, at, ({},) * len(tried))
+
+    def verdicts() -> Sequence[Any]:
+        with open_desk(settings, embedder) as desk:
+            serving, other = desk.gate(), desk.gate()
+            serving.bandit = None
+            dislike = np.array([[-1.0]])
+            other.bandit = Bandit(("adapter:garden",), vectors[0] * 0, vectors[:0], dislike, np.zeros((1, 1, 1)), 0.5)
+            assert str(desk.choices(serving, vectors[:1])[0].arm) == "adapter:garden"
+            return [desk.judged(rewards(liked), other, serving, None) for liked in ("adapter:garden", "prompt")]
+
+    worse, better = await asyncio.to_thread(verdicts)
+    assert worse.worse
+    assert not better.worse
+    assert better.gain.low > 0
 
 
 async def test_a_gate_that_knows_less_than_the_live_one_does_not_replace_it(
