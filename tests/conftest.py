@@ -30,7 +30,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keeps the tests of one file, and all tests of the real engine, on one worker: they share what is dear to make."""
     for item in items:
-        group = "vllm" if item.get_closest_marker("vllm") else item.path.name
+        real = item.get_closest_marker("vllm") or "real_server" in getattr(item, "fixturenames", ())
+        group = "vllm" if real else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))
 
 
