@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 from hybrid import errors
+from hybrid.evaluation.words import glance
 from hybrid.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +29,8 @@ PAGES = [
 
 def blocks(page: Path, language: str) -> list[str]:
     """The fenced blocks of one language, without their fences."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    every = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [code for spoken, code in every if spoken == language]
 
 
 SNIPPETS = [(language, code) for language in ("bash", "python") for code in blocks(README, language)]
@@ -118,3 +121,18 @@ def test_failures_md_tells_every_status_and_code() -> None:
         if error.__module__ == "hybrid.errors" and error is not errors.SetupError:
             code = vars(error).get("code", error.code)
             assert f"| {error.status} | `{code}` |" in page, error.__name__
+
+
+def test_the_readmes_scores_are_the_committed_reports() -> None:
+    report = json.loads((ROOT / "eval/reports/real/report.json").read_text())
+    table = [line for line in glance(report).splitlines() if line.startswith("|")]
+    assert len(table) > 3
+    assert "\n".join(table) in README.read_text()
+
+
+def test_the_committed_report_holds_no_text_of_a_data_set() -> None:
+    folder = ROOT / "eval/reports/real"
+    assert not (folder / "examples.jsonl").exists()
+    rows = [json.loads(line) for line in (folder / "outcomes.jsonl").read_text().splitlines()]
+    assert rows
+    assert not any(row["answer"] for row in rows)
