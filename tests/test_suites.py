@@ -22,9 +22,10 @@ from typer.testing import CliRunner
 from hybrid.cli import app
 from hybrid.cli.eval import evaluate
 from hybrid.errors import BadRequest, DataError, HybridError
+from hybrid.evaluation.asking import Offer, shown_settings
 from hybrid.evaluation.leaks import mark_leaks
 from hybrid.evaluation.metrics import Example
-from hybrid.evaluation.suite import read_suite
+from hybrid.evaluation.suite import Suite, questions, read_suite, subjects
 from hybrid.evaluation.tasks import Task, check_task, read_split, read_task
 from hybrid.lifecycle.suite_adapters import orders
 from hybrid.rooms import Home
@@ -211,6 +212,30 @@ def test_the_suites_of_this_repository_can_be_read(data: Path) -> None:
 def outcome(id: str, arm: str, **more: Any) -> Outcome:
     facts = {"task": "t", "score": 1.0, "answer": "x", "latency_ms": 1, "prompt_tokens": 1, "completion_tokens": 1}
     return Outcome(id=id, arm=arm, calls=1, **{**facts, **more})
+
+
+def test_what_is_dear_or_foreign_is_asked_less(tmp_path: Path) -> None:
+    for name in ("near", "far"):
+        rows = [{"id": f"{name}{i}", "input": f"what is {i}?", "reference": str(i)} for i in range(9)]
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "task.json").write_text(json.dumps({"name": name, "instruction": "", "metric": "numeric"}))
+        for split in ("train", "dev", "test"):
+            kept = [{**row, "id": f"{row['id']}{split}"} for row in rows]
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    suite = Suite(
+        tasks=tuple(str(tmp_path / name) for name in ("near", "far")), limit=6, foreign_limit=3, limits={"moa": 2}
+    )
+    adapters = [{"name": "near", "version": 1, "kind": "lora", "alias": True, "state": "live"}]
+    adapters[0]["card"] = {"task": "near"}
+    status = {"adapters": adapters, "corpora": [{"name": "near"}], "gate": {}, "engine": {}}
+    offer = Offer(("near", "rag:near", "moa"), status, shown_settings(Settings.load(home=tmp_path)), "base")
+    found = subjects(suite, Settings.load(home=tmp_path), len)
+    asked = Counter((job.task.name, job.arm) for job in questions(suite, found, offer))
+    assert asked["near", "prompt"] == asked["far", "prompt"] == 6
+    assert (asked["near", "adapter:near"], asked["far", "adapter:near"]) == (6, 3)
+    assert (asked["near", "rag:near"], asked["far", "rag:near"]) == (6, 3)
+    assert asked["near", "moa"] == asked["far", "moa"] == 2
 
 
 def test_answers_to_questions_that_were_learned_are_counted(tmp_path: Path) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -40,7 +40,8 @@ class SuiteAdapter(BaseModel):
 
 
 class Suite(BaseModel):
-    """What a suite says. `foreign_limit` is for adapters on tasks they were not trained for; `corpora` has the corpora
+    """What a suite says. `foreign_limit` is for adapters on tasks they were not trained for and for the corpus of
+    another task, `limits` for all arms of a strategy (those that confer make many calls); `corpora` has the corpora
     that its tasks bring indexed under the tasks' names, and `adapters` are trained, before anything is asked.
     """
 
@@ -52,6 +53,7 @@ class Suite(BaseModel):
     split: Literal["dev", "test"] = "test"
     limit: int | None = Field(None, ge=1)
     foreign_limit: int | None = Field(None, ge=1)
+    limits: dict[str, Annotated[int, Field(ge=1)]] = {}
     seed: int = 0
     corpora: bool = False
     adapters: tuple[SuiteAdapter, ...] = ()
@@ -165,7 +167,8 @@ async def measure_suite(
 
 def questions(suite: Suite, found: Sequence[Subject], offer: Offer) -> list[Job]:
     """Everything that a suite asks of what is on offer, task by task and arm by arm."""
-    return [job for subject in found for job in _jobs(suite, subject, offer)]
+    others = frozenset(subject.task.name for subject in found)
+    return [job for subject in found for job in _jobs(suite, subject, offer, others)]
 
 
 def unanswered(suite: Suite, found: Sequence[Subject], offer: Offer, out: Path) -> int:
@@ -174,18 +177,24 @@ def unanswered(suite: Suite, found: Sequence[Subject], offer: Offer, out: Path) 
     return sum(known.get(job.key) is None for job in questions(suite, found, offer))
 
 
-def _jobs(suite: Suite, subject: Subject, offer: Offer) -> list[Job]:
+def _jobs(suite: Suite, subject: Subject, offer: Offer, others: frozenset[str]) -> list[Job]:
     jobs: list[Job] = []
     for arm in chosen_arms(suite.arms, subject.task, offer):
-        limit = suite.foreign_limit if foreign(arm, subject.task, offer) else None
+        limits = [suite.limits.get(arm.partition(":")[0])]
+        if foreign(arm, subject.task, offer, others - {subject.task.name}):
+            limits.append(suite.foreign_limit)
+        limit = min((limit for limit in limits if limit), default=None)
         examples = sample(subject.split.examples, limit, suite.seed)
         jobs += jobs_for(subject.task, examples, arm, offer, subject.max_tokens)
     return jobs
 
 
-def foreign(arm: str, task: Task, offer: Offer) -> bool:
-    """Whether an arm's adapter was trained for another task."""
-    adapter = None if arm == AUTO else Arm.parse(arm).adapter
+def foreign(arm: str, task: Task, offer: Offer, others: Collection[str] = ()) -> bool:
+    """Whether an arm's adapter was trained for another task, or its corpus belongs to one of the `others`."""
+    parsed = None if arm == AUTO else Arm.parse(arm)
+    if parsed is None or (parsed.strategy == "rag" and parsed.args and parsed.args[0] in others):
+        return parsed is not None
+    adapter = parsed.adapter
     if adapter is None:
         return False
     card = offer.adapters.get(adapter, {}).get("card", {})
