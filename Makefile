@@ -20,7 +20,7 @@ run: install
 
 # Two workers, as most tests wait for a process of theirs; those of the real engine share one.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 check: install
 	$(BIN)/ruff check .

@@ -11,10 +11,11 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tiny_model import make_tiny_model
+from xdist.scheduler import LoadScopeScheduling
 
 from hybrid.knowledge.embed import Embedder
 from hybrid.models import ModelFiles, materialise
@@ -27,13 +28,27 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps the tests of one file, and all tests of the real engine, on one worker: they share what is dear to make."""
-    for item in items:
-        real = item.get_closest_marker("vllm") or "real_server" in getattr(item, "fixturenames", ())
-        group = "vllm" if real else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+#: the files whose tests share the one real engine
+REAL = {"test_engine.py", "test_readme.py", "test_real.py"}
+
+
+class OneEngine(LoadScopeScheduling):
+    """Keeps the tests of one file on one worker, and all that ask the real engine on the same one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        name = nodeid.partition("::")[0].rpartition("/")[2]
+        return "real" if name in REAL else name
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneEngine:
+    """How `-n` shares tests out."""
+    return OneEngine(config, log)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Another file that asked the real engine could start a second one."""
+    asks = "real_server" in getattr(item, "fixturenames", ())
+    assert not asks or item.path.name in REAL, f"{item.nodeid} asks the real engine: name its file in REAL"
 
 
 @pytest.fixture(scope="session")
