@@ -176,6 +176,7 @@ async def test_other_kinds_never_reach_the_engine_and_are_listed_for_what_they_a
         store.publish("odd", other("virus"))
         for name, fill in (("cut", bad_header), ("nan", nan), ("text", text)):
             store.publish(name, fill)
+        await until(lambda: {v.name: v.state for v in store.versions()}["bank"] == "live")
         await until(lambda: all(v.state in ("candidate", "live", "rejected") for v in store.versions()))
         assert (await server.engine_log())["loads"] == 1  # bank alone
         _, status, _ = await server.get("/v1/status")

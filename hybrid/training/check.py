@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def check_upload(path: Path, filename: str) -> Checked:
     """The same for an uploaded file, whose name is not that of its bytes. Raises DataError."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / (Path(filename).stem[:60] + rows_suffix(filename))
-        source.symlink_to(path.resolve())
+        shutil.copyfile(path, source)  # documents are not read through links
         return check(source)
 
 
