@@ -18,6 +18,7 @@ from adapters_kit import make_adapter
 from server_kit import Running, chat, make_home, running, until
 
 from hybrid.adapters.preflight import read_base
+from hybrid.gate.model import Scores
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -254,9 +255,8 @@ async def test_R18_a_gate_that_fails_costs_no_answer(server: Running, monkeypatc
 
 
 async def test_R18_a_score_that_is_no_number_costs_no_answer(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = server.gateway.decider._score("hello")
-    broken = type(scores)({arm: math.nan for arm in scores.by_arm} or {}, neighbours=())
-    monkeypatch.setattr(server.gateway.decider, "_score", lambda _query: broken)
+    broken = Scores(dict.fromkeys(server.gateway.decider.gate.arms(), math.nan))
+    monkeypatch.setattr(server.gateway.decider, "_score", lambda _request: broken)
     status, _, headers = await server.post("/v1/chat/completions", chat("hello", model="auto"))
     assert status == 200
     assert headers["x-hybrid-selected-arm"] == "prompt"
