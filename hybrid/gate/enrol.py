@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,9 +76,10 @@ class Enrolment:
     def refresh(self) -> None:
         """Enrols what is new or changed and forgets what is gone. Blocking; cheap when nothing changed."""
         with self._lock:
-            adapters = self._adapters()
-            taught = self._taught(adapters)
-            wanted = {**adapters, **self._corpora(), **self._tasks()}
+            live = self._live()
+            adapters = self._adapters(live)
+            taught = self._taught(adapters, live)
+            wanted = {**adapters, **self._corpora(), **self._tasks(adapters)}
             changed = {arm: (mark, enrol) for arm, (mark, enrol) in wanted.items() if self._seen.get(arm) != mark}
             gone = [arm for arm in self._seen if arm not in wanted]
             if changed or gone:
@@ -120,7 +121,7 @@ class Enrolment:
 
     # --- what outcomes taught ----------------------------------------------------------------------------------------
 
-    def _taught(self, adapters: Mapping[Arm, object]) -> Taught | None:
+    def _taught(self, adapters: Mapping[Arm, object], live: Iterable[str]) -> Taught | None:
         """The live taught gate, as far as its arms are on offer now; None where there is none that can be used."""
         version = live_version(self._home) if self._pinned is None else self._pinned
         if self._candidate is not None:  # a number of its own: what it enrols is told apart from that of versions
@@ -132,7 +133,7 @@ class Enrolment:
         groups = self._learned.memory.groups
         at_home = {arm for arm in adapters if self._task_of(arm) in groups}
         at_home |= {Arm("rag", (name,)) for name in self._library.names() if name in groups}
-        return Taught.of(self._learned, frozenset(self._offered()), frozenset(at_home), version or 0)
+        return Taught.of(self._learned, frozenset(self._offered(live)), frozenset(at_home), version or 0)
 
     def _load(self, version: int | None) -> Learned | None:
         if self._candidate is not None:
@@ -156,12 +157,12 @@ class Enrolment:
             log.warning("feedback is not used: %s", error.message)
             self.gate.bandit = None
 
-    def _offered(self) -> Iterator[Arm]:
+    def _offered(self, live: Iterable[str]) -> Iterator[Arm]:
         """Every arm that the gate may choose if outcomes speak for it. What was measured worse is left out."""
         corpora = self._library.names()
         yield from (Arm("rag", (name,)) for name in corpora)
         yield from (Arm("few_shot", (name,)) for name in self._shelves.names())
-        for name in self._live():
+        for name in live:
             yield Arm("adapter", (name,))
             yield from (Arm("adapter+rag", (name, corpus)) for corpus in corpora)
         for name in self._store.names():
@@ -169,11 +170,11 @@ class Enrolment:
                 yield Arm("head", (self._store.head(name).name,))
         yield from (Arm("self_moa"), Arm("moa"))
 
-    def _tasks(self) -> dict[Arm, tuple[str, Callable[[], object]]]:
+    def _tasks(self, adapters: Iterable[Arm]) -> dict[Arm, tuple[str, Callable[[], object]]]:
         """The measured tasks that no live adapter stands for, each known by the requests that were measured."""
         if self._learned is None:
             return {}
-        own = {self._task_of(arm) for arm in self._adapters()}
+        own = {self._task_of(arm) for arm in adapters}
         return {
             task_owner(group): (f"gate@{self._version}", partial(self._enrol_task, self._learned, place, group))
             for place, group in enumerate(self._learned.memory.groups)
@@ -193,10 +194,10 @@ class Enrolment:
 
     # --- what brings its own material --------------------------------------------------------------------------------
 
-    def _adapters(self) -> dict[Arm, tuple[str, Callable[[], object]]]:
-        """Every live adapter that brought examples and was not measured worse than arms without training."""
+    def _adapters(self, live: Mapping[str, AdapterVersion]) -> dict[Arm, tuple[str, Callable[[], object]]]:
+        """The arm of every live adapter that brought examples."""
         out: dict[Arm, tuple[str, Callable[[], object]]] = {}
-        for name, version in self._live().items():
+        for name, version in live.items():
             if (version.ref.path / "examples.safetensors").exists():
                 corpus = version.card.get("corpus")
                 arm = Arm("adapter+rag", (name, corpus)) if corpus else Arm("adapter", (name,))

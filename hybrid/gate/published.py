@@ -119,10 +119,11 @@ def _read(home: Home, name: str, number: int, embedder: str) -> tuple[dict[str, 
 
 def learned_card(home: Home, name: str, version: int) -> JSON:
     """The card of a version of a taught gate. Raises NotFound."""
-    if version not in learned_versions(home, name):
-        known = ", ".join(map(str, learned_versions(home, name))) or "none"
+    cards = {number: card for number, card in _cards(home, name).items() if card.get("kind") == GATE}
+    if version not in cards:
+        known = ", ".join(map(str, cards)) or "none"
         raise NotFound(f"There is no taught gate {name}@{version}; published versions: {known}.", param="gate")
-    return _cards(home, name)[version]
+    return cards[version]
 
 
 def promote(home: Home, name: str, version: int) -> None:
@@ -152,7 +153,8 @@ def _line(home: Home, name: str) -> list[int]:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Refused(f"adapters/{name}/{_LIVE} cannot be read ({error}); promote a gate by its number.") from error
-    return [number for number in line if number in learned_versions(home, name)]
+    published = set(learned_versions(home, name))
+    return [number for number in line if number in published]
 
 
 def _cards(home: Home, name: str) -> dict[int, JSON]:

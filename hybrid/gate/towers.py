@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +20,14 @@ from hybrid.gate.features import Numbers
 from hybrid.gate.linear import Columns
 from hybrid.gate.memory import AROUND, Memory, Places
 from hybrid.gate.study import Asked, Study, Tensors, fill
-from hybrid.types import Arm
+from hybrid.types import Arm, Strategy
 
 #: after how many steps of training the towers are tried
 STEPS = (40, 120, 360)
 _BATCH, _HIDDEN, _WIDTH = 256, 64, 32
 _RATE, _DECAY, _DROPOUT = 3e-3, 3e-2, 0.1
-_KINDS_OF_ARM = ("prompt", "few_shot", "rag", "adapter", "adapter+rag", "mix", "moa", "self_moa", "head")
+#: an arm's strategy as one of so many columns; `base` is not among what a gate chooses from
+_KINDS_OF_ARM = tuple(name for name in get_args(Strategy) if name != "base")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
