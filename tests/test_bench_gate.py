@@ -30,9 +30,8 @@ from hybrid.gate.teach import teach
 from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.examples import Shelf
 from hybrid.knowledge.search import Library
-from hybrid.models import materialise
 from hybrid.rooms import Home
-from hybrid.settings import DEFAULT_EMBEDDER, RetrievalSettings, Settings
+from hybrid.settings import RetrievalSettings, Settings
 from hybrid.state import State
 from hybrid.types import Arm
 
@@ -71,12 +70,6 @@ def publish(store: AdapterStore, base: Any, name: str, shelf: Shelf) -> None:
     version = store.publish(name, fill)
     store.mark(version.id, "candidate")
     store.promote(name, version.version)
-
-
-@pytest.fixture(scope="module")
-def embedder() -> Embedder:
-    files = materialise(DEFAULT_EMBEDDER, Settings.load().cache)
-    return Embedder(files.path, files.name)
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,6 @@ import pytest
 
 from hybrid.errors import SetupError
 from hybrid.knowledge.embed import Embedder
-from hybrid.models import materialise
-from hybrid.settings import DEFAULT_EMBEDDER, Settings
 
 TEXTS = [
     "Who lit the lighthouse on Gull Rock?",
@@ -29,12 +27,6 @@ TEXTS = [
     "{" * 300,
     "supercalifragilistic" * 40,
 ]
-
-
-@pytest.fixture(scope="module")
-def embedder() -> Embedder:
-    model = materialise(DEFAULT_EMBEDDER, Settings.load().cache)
-    return Embedder(model.path, model.name)
 
 
 @pytest.fixture(scope="module")

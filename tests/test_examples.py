@@ -11,17 +11,9 @@ import pytest
 from hybrid.errors import DataError
 from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.examples import Shelf
-from hybrid.models import materialise
-from hybrid.settings import DEFAULT_EMBEDDER, Settings
 
 INSTRUCTION = "Name the colour."
 PAIRS = [("a ripe banana", "yellow"), ("fresh grass", "green"), ("a clear sky at noon", "blue"), ("coal", "black")]
-
-
-@pytest.fixture(scope="session")
-def embedder() -> Embedder:
-    model = materialise(DEFAULT_EMBEDDER, Settings.load().cache)
-    return Embedder(model.path, model.name)
 
 
 @pytest.fixture

@@ -30,16 +30,9 @@ from hybrid.gate.model import DEFAULT, Gate, Scores, Weights
 from hybrid.gate.policy import Policy
 from hybrid.gate.train import pseudo_questions, train_gate
 from hybrid.knowledge.embed import Embedder
-from hybrid.models import materialise
 from hybrid.rooms import Home
-from hybrid.settings import DEFAULT_EMBEDDER, GateSettings, Settings
+from hybrid.settings import GateSettings
 from hybrid.types import PROMPT, Arm, Knobs
-
-
-@pytest.fixture(scope="module")
-def embedder() -> Embedder:
-    files = materialise(DEFAULT_EMBEDDER, Settings.load().cache)
-    return Embedder(files.path, files.name)
 
 
 @pytest.fixture

@@ -19,9 +19,8 @@ from hybrid.errors import BadRequest, DataError, NotFound, Refused
 from hybrid.knowledge.chunk import Chunker, markdown_title
 from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.search import Library
-from hybrid.models import materialise
 from hybrid.rooms import Home
-from hybrid.settings import DEFAULT_EMBEDDER, RetrievalSettings, Settings
+from hybrid.settings import RetrievalSettings
 
 FACTS = {
     "lighthouse": "The lighthouse on Gull Rock was lit for the first time in 1871 by Ada Merrow.",
@@ -33,12 +32,6 @@ FACTS = {
     "museum": "The museum of knots keeps a rope that was tied on a whaling ship in 1790.",
     "school": "Pupils of the village school learn to sail before they learn long division.",
 }
-
-
-@pytest.fixture(scope="session")
-def embedder() -> Embedder:
-    model = materialise(DEFAULT_EMBEDDER, Settings.load().cache)
-    return Embedder(model.path, model.name)
 
 
 Open = Callable[..., Library]

@@ -22,9 +22,8 @@ from hybrid.knowledge.search import Library
 from hybrid.knowledge.store import About
 from hybrid.knowledge.tuned import Tuned
 from hybrid.lifecycle.tune_search import dev_examples, learn
-from hybrid.models import materialise
 from hybrid.rooms import Home
-from hybrid.settings import DEFAULT_EMBEDDER, RetrievalSettings, Settings
+from hybrid.settings import RetrievalSettings
 from hybrid.strategies.followup import search_query
 from hybrid.types import Message, Rights
 
@@ -35,12 +34,6 @@ FACTS = {
     "cat": "Felines doze for most of the day and hunt at dusk.",
     "tower": "The clock on the town hall runs slow because a stork nests on its hand.",
 }
-
-
-@pytest.fixture(scope="session")
-def embedder() -> Embedder:
-    model = materialise(DEFAULT_EMBEDDER, Settings.load().cache)
-    return Embedder(model.path, model.name)
 
 
 Open = Callable[..., Library]

@@ -24,8 +24,7 @@ from hybrid.gate.outcomes import Lessons
 from hybrid.gate.policy import Policy
 from hybrid.gate.taught import Taught
 from hybrid.knowledge.embed import Embedder
-from hybrid.models import materialise
-from hybrid.settings import DEFAULT_EMBEDDER, GateSettings, Settings
+from hybrid.settings import GateSettings
 from hybrid.types import PROMPT, Arm, Knobs, Message, Request
 
 FEW_SHOT, HEAD = Arm("few_shot", ("garden",)), Arm("head", ("garden",))
@@ -53,12 +52,6 @@ def lessons() -> Lessons:
         score=score,
         cost=np.tile([COSTS[arm] for arm in arms], (len(asked), 1)),
     )
-
-
-@pytest.fixture(scope="module")
-def embedder() -> Embedder:
-    files = materialise(DEFAULT_EMBEDDER, Settings.load().cache)
-    return Embedder(files.path, files.name)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from hybrid.gate.enrol import Enrolment
 from hybrid.gate.features import Vectors
 from hybrid.gate.model import Gate
 from hybrid.gate.policy import Policy
-from hybrid.gate.published import GATE, load_learned
+from hybrid.gate.published import GATE, load_learned, serving_version
 from hybrid.gate.taught import Taught
 from hybrid.gate.train import train_gate
 from hybrid.knowledge.embed import Embedder
@@ -131,7 +131,7 @@ async def open_house(settings: Settings, embedding: ModelFiles, gate: str | None
     """The home with everything enrolled, as a server has it once it is warm. `gate` names another taught gate than the
     live one. Raises NotFound and Refused for that, BadRequest in a home that has no arm but `prompt`."""
     home = settings.rooms
-    version = None if gate is None else _version(gate)
+    version = None if gate is None else serving_version(gate)
     state = State(home.database)
     embedder = CountingEmbedder(embedding.path, embedding.name)
     library = Library(home, embedder, settings.retrieval)
@@ -148,14 +148,6 @@ async def open_house(settings: Settings, embedding: ModelFiles, gate: str | None
     finally:
         library.close()
         state.close()
-
-
-def _version(spec: str) -> int | None:
-    """The version that `gate@V` names; None for the live one."""
-    name, at, number = spec.partition("@")
-    if name != GATE or (at and not number.isdecimal()):
-        raise BadRequest(f"{spec[:80]!r} is not the gate that serves; write {GATE} or {GATE}@VERSION.", param="gate")
-    return int(number) if at else None
 
 
 def _tasks(store: AdapterStore) -> dict[str, str]:

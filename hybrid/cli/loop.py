@@ -10,7 +10,7 @@ import typer
 
 from hybrid.cli.say import bar, data, say, text
 from hybrid.errors import BadRequest
-from hybrid.gate.published import GATE, load_learned
+from hybrid.gate.published import GATE, load_learned, serving_version
 from hybrid.knowledge.embed import Embedder
 from hybrid.lifecycle.loop import BUDGET_MIN, Round, loop_once
 from hybrid.lifecycle.replay import open_desk
@@ -87,15 +87,12 @@ def replay(
     """
     if bool(ids) == bool(since):
         raise BadRequest("Name decisions, or give --since HOURS.")
-    name, _, number = gate.partition("@")
-    if name != GATE or not (number or "0").isdecimal():
-        raise BadRequest(f"{gate[:80]!r} is not the gate that serves; write {GATE} or {GATE}@VERSION.", param="gate")
+    version = serving_version(gate)
     settings = Settings.load()
     offline_environment()
     with bar() as progress:
         model = materialise(settings.embedder, settings.cache, progress)
     embedder = Embedder(model.path, model.name)
-    version = int(number) if number else None
     load_learned(settings.rooms, GATE, version, embedder.digest)  # refused here, where a server would do without
     with open_desk(settings, embedder) as desk:
         found = desk.replay(desk.gate(version), ids or (), time.time() - since * 3600)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from filelock import FileLock
 
 from hybrid.adapters.listing import GATE_WEIGHTS, numbers_in
-from hybrid.errors import Conflict, NotFound, Refused
+from hybrid.errors import BadRequest, Conflict, NotFound, Refused
 from hybrid.gate.bandit import Bandit
 from hybrid.gate.learned import Learned
 from hybrid.rooms import CARD, Home, check_name, publish, sha256_file, write_json
@@ -84,6 +84,14 @@ def live_version(home: Home, name: str = GATE) -> int | None:
     """The version that the bare name means; None where none was promoted."""
     line = _line(home, name)
     return line[-1] if line else None
+
+
+def serving_version(spec: str) -> int | None:
+    """The version that `gate@V` names; None for the live one. Raises BadRequest for any other name."""
+    name, at, number = spec.partition("@")
+    if name != GATE or (at and not number.isdecimal()):
+        raise BadRequest(f"{spec[:80]!r} is not the gate that serves; write {GATE} or {GATE}@VERSION.", param="gate")
+    return int(number) if at else None
 
 
 def load_learned(
