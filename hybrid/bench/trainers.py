@@ -40,7 +40,7 @@ from hybrid.training.base import forward_of, load_base, stops
 from hybrid.training.batches import Encoded, encode, end_of_turn
 from hybrid.training.data import read_dataset
 from hybrid.training.formats import Example
-from hybrid.training.loop import CLIP, DEV_GLANCE, Group, Watch, optimise
+from hybrid.training.loop import CLIP, Group, Watch, glance, optimise
 from hybrid.training.lora import adapted
 from hybrid.training.objective import NextToken, measure
 from hybrid.training.recipes import Recipe
@@ -170,10 +170,10 @@ def judge(plan: Plan, pace: Pace) -> None:
     model = adapted(base, recipe, plan.model).eval()
     forward = forward_of(model)
     initial = save(model, Path(plan.folder) / INITIAL)
-    pace.answer(weights=str(initial), steps=len(rows) // recipe.batch_size, dev_rows=len(dev[:DEV_GLANCE]))
+    pace.answer(weights=str(initial), steps=len(rows) // recipe.batch_size, dev_rows=len(glance(dev)))
     while True:
         set_peft_model_state_dict(model, load_file(pace.order()["weights"]))
-        pace.answer(dev_loss=measure(forward, dev[:DEV_GLANCE]).loss)
+        pace.answer(dev_loss=measure(forward, glance(dev)).loss)
 
 
 def _rows(tokenizer: Any, base: Any, examples: Sequence[Example], recipe: Recipe) -> list[Row]:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 PACK_TOKENS = 1024
 #: rows are sorted by length within this many batches: little padding, and an order that is still random
 WINDOW = 16
+#: rows that are looked at whatever they cost
+FEWEST = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,19 @@ class Sized(Protocol):
 
 
 Row = TypeVar("Row", bound=Sized)
+
+
+def first(rows: Sequence[Row], tokens: int, *, most: int | None = None) -> Sequence[Row]:
+    """The first rows, as many as `tokens` hold and `most` allows; at least `FEWEST`, if there are so many.
+
+    What is measured beside training is bounded by what it costs, since long rows cost as much to look at as to learn.
+    """
+    total = 0
+    for n, row in enumerate(rows[:most]):
+        total += row.length
+        if total > tokens and n >= FEWEST:
+            return rows[:n]
+    return rows[:most]
 
 
 def batches(rows: Sequence[Row], size: int, seed: int) -> Iterator[list[Row]]:

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hybrid.errors import BadRequest
-from hybrid.training.batches import Sized, batches
+from hybrid.training.batches import Row, Sized, batches, first
 from hybrid.training.checkpoints import Checkpoint, Checkpoints
 from hybrid.training.control import RUN, Control, Stopped
 from hybrid.training.memory import EVERY, give_back
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from torch.optim import AdamW
 
 CLIP = 1.0
-#: dev rows measured while training; the final numbers come from all of them
-DEV_GLANCE = 200
+#: dev rows measured while training at most, and their tokens; the final numbers come from more
+DEV_GLANCE, GLANCE_TOKENS = 200, 24_000
 #: how many times its own duration a save waits for the next one
 SAVE_SHARE = 20.0
 
@@ -100,6 +100,11 @@ def plan(rows: int, recipe: Recipe) -> tuple[int, int]:
     return steps, recipe.eval_every or max(1, epoch // 2)
 
 
+def glance(rows: Sequence[Row]) -> Sequence[Row]:
+    """The rows that are measured in passing."""
+    return first(rows, GLANCE_TOKENS, most=DEV_GLANCE)
+
+
 def rate(step: int, steps: int, warmup_ratio: float) -> float:
     """The share of the peak rate at a step (from 1): a linear climb, then a cosine down to nearly nothing."""
     climb = max(1, round(steps * warmup_ratio))
@@ -124,7 +129,7 @@ class _Run:
 
         self.report = Report()
         self._objective, self._recipe, self._watch = objective, recipe, watch
-        self._dev = dev[:DEV_GLANCE]
+        self._dev = glance(dev)
         self._parameters = [parameter for group in groups for parameter in group.parameters]
         self._rates = [group.rate for group in groups]
         self._optimiser = torch.optim.AdamW(
