@@ -56,6 +56,11 @@ class EngineSettings(_Section):
     max_mixes: int = Field(16, ge=1, description="mixes kept as adapters; the one not used for longest goes")
     max_num_seqs: int = 32
     kv_cache_gb: int = Field(2, description="VLLM_CPU_KVCACHE_SPACE, in GiB")
+    prefix_caching: bool = Field(True, description="keep the attention of prompts for those that begin alike")
+    ngram: int = Field(0, ge=0, le=16, description="tokens guessed from the prompt and checked in one step; 0: none")
+    cpu_lora: bool = Field(True, description="on a CPU: adapters by our plugin instead of vLLM's own products")
+    reserved_cores: int | None = Field(None, ge=0, description="cores the engine leaves free (default: as vLLM does)")
+    openmp: Literal["gnu", "intel"] = Field("gnu", description="on a CPU: whose threads the engine computes with")
     dtype: str = "bfloat16"
     args: tuple[str, ...] = Field((), description="more flags for vLLM, passed as they are")
     start_timeout_s: float = 900.0

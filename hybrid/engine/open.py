@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -13,17 +14,20 @@ from typing import Any
 import psutil
 
 from hybrid.engine import AdapterRef, Engine
+from hybrid.engine.cpu_lora import PLUGIN, kernel
 from hybrid.engine.process import EngineProcess
 from hybrid.engine.supervisor import Supervisor
 from hybrid.engine.vllm import VllmEngine
 from hybrid.errors import SetupError
 from hybrid.models import ModelFiles
-from hybrid.settings import OFFLINE, Settings
+from hybrid.settings import OFFLINE, EngineSettings, Settings
 
 #: what vLLM allows for --max-lora-rank
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 #: a vLLM process without weights and cache, in bytes, three of which run (API server, engine, worker)
 _PROCESS_BYTES = 700 << 20
+#: how the words that follow are looked up in the prompt: after 2 to 4 equal ones
+_LOOKUP = {"prompt_lookup_min": 2, "prompt_lookup_max": 4}
 
 Desired = Callable[[], Sequence[AdapterRef]]
 
@@ -71,7 +75,11 @@ def vllm_command(settings: Settings, model: ModelFiles, desired: Desired) -> tup
         "max-num-queued-reqs": 4 * settings.server.max_inflight,
         "max-logprobs": settings.server.max_logprobs,
     }
-    switches = ("enable-lora", "enable-request-id-headers", "disable-fastapi-docs", "disable-uvicorn-access-log")
+    if engine.ngram:
+        flags["speculative-config"] = json.dumps({"method": "ngram", "num_speculative_tokens": engine.ngram, **_LOOKUP})
+    switches = ["enable-lora", "enable-request-id-headers", "disable-fastapi-docs", "disable-uvicorn-access-log"]
+    if not engine.prefix_caching:
+        switches.append("no-enable-prefix-caching")
     argv = ["vllm.entrypoints.openai.api_server"]
     argv += [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     argv += [f"--{name}" for name in switches]
@@ -81,7 +89,8 @@ def vllm_command(settings: Settings, model: ModelFiles, desired: Desired) -> tup
         "VLLM_CPU_KVCACHE_SPACE": str(engine.kv_cache_gb),
         "VLLM_MAX_N_SEQUENCES": str(settings.server.max_n),
         # ours alone: the resolver plugins that vLLM brings would load adapters by name from any path
-        "VLLM_PLUGINS": ",".join(sorted(_our_plugins())),
+        "VLLM_PLUGINS": ",".join(sorted(_our_plugins() - (set() if engine.cpu_lora else {PLUGIN}))),
+        **(_processor_environment(engine, settings.cache) if on_cpu() else {}),
     }
     return [*argv, *engine.args], env
 
@@ -124,13 +133,38 @@ def _context(settings: Settings, model: ModelFiles) -> int:
     return min(settings.engine.max_model_len, made_for or settings.engine.max_model_len)
 
 
-def _our_plugins() -> list[str]:
-    return [p.name for p in entry_points(group="vllm.general_plugins") if p.value.startswith("hybrid.")]
+def _our_plugins() -> set[str]:
+    return {p.name for p in entry_points(group="vllm.general_plugins") if p.value.startswith("hybrid.")}
+
+
+def on_cpu() -> bool:
+    """Whether the vLLM that is installed computes on CPUs."""
+    return any(p.dist and p.dist.name == "vllm-cpu" for p in entry_points(group="vllm.general_plugins"))
+
+
+def _processor_environment(engine: EngineSettings, cache: Path) -> dict[str, str]:
+    """What the engine's processes are told about the cores, OpenMP and our kernel. Raises SetupError."""
+    env = {}
+    if engine.reserved_cores is not None:
+        env["VLLM_CPU_NUM_OF_RESERVED_CPU"] = str(engine.reserved_cores)
+    if engine.openmp == "intel":
+        env["LD_PRELOAD"] = str(intel_openmp())
+    if engine.cpu_lora and (made := kernel.build(cache)):
+        env[kernel.VARIABLE] = str(made)
+    return env
+
+
+def intel_openmp() -> Path:
+    """Intel's OpenMP library, where its package puts it. Raises SetupError where it is not installed."""
+    path = Path(sys.prefix, "lib", "libiomp5.so")
+    if not path.is_file():
+        raise SetupError("engine.openmp is intel and intel-openmp is not installed: `pip install intel-openmp`.")
+    return path
 
 
 def _check_memory(settings: Settings, model: ModelFiles) -> None:
     """Refuses a start that would run out of memory half-way. With a GPU the cache and the weights lie elsewhere."""
-    if not any(p.dist and p.dist.name == "vllm-cpu" for p in entry_points(group="vllm.general_plugins")):
+    if not on_cpu():
         return
     weights = sum(f.stat().st_size for f in model.path.glob("*.safetensors"))
     need = weights + (settings.engine.kv_cache_gb << 30) + 3 * _PROCESS_BYTES
