@@ -32,6 +32,7 @@ from hybrid.models import ModelFiles, materialise
 from hybrid.rooms import Home
 from hybrid.settings import Settings, offline_environment
 from hybrid.state import State
+from hybrid.strategies.panel import Rater
 
 log = logging.getLogger("hybrid.boot")
 REFRESH_S = 1.0
@@ -40,8 +41,11 @@ Progress = Callable[[str, int, int], None]
 
 
 @contextlib.asynccontextmanager
-async def open_gateway(settings: Settings, progress: Progress | None = None) -> AsyncIterator[Gateway]:
-    """A running gateway. Raises SetupError when a model cannot be had; the engine's start is not waited for."""
+async def open_gateway(
+    settings: Settings, progress: Progress | None = None, rater: Rater | None = None
+) -> AsyncIterator[Gateway]:
+    """A running gateway, whose panels ask `rater` for rewards. Raises SetupError when a model cannot be had; the
+    engine's start is not waited for."""
     offline_environment()
     home = settings.rooms
     model = await asyncio.to_thread(materialise, settings.model, settings.cache, progress)
@@ -81,6 +85,7 @@ async def open_gateway(settings: Settings, progress: Progress | None = None) -> 
         count_tokens=token_counter(model),
         secret=_secret(home),
         enrolment=enrolment,
+        rater=rater,
     )
     tasks = [
         asyncio.create_task(_keep_in_step(enrolment, library, changed)),

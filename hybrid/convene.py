@@ -61,6 +61,7 @@ class Convener:
             deadline_s=asked.deadline_s or self.settings.deadline_s,
             max_tokens=asked.max_tokens or self.settings.draft_tokens,
             routed=routed,
+            reward=self.names.reward(asked.reward) if asked.reward else None,
         )
 
     def _seat(self, proposer: ProposerSettings, rights: Rights) -> Seat:

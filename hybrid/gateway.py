@@ -43,7 +43,7 @@ from hybrid.settings import Settings
 from hybrid.state import State
 from hybrid.strategies.attempt import attempt, can_be_tried, sureness
 from hybrid.strategies.bound import Bound
-from hybrid.strategies.panel import Panel
+from hybrid.strategies.panel import Panel, Rater
 from hybrid.strategies.said import said
 from hybrid.types import (
     JSON,
@@ -98,6 +98,7 @@ class Gateway:
         count_tokens: Callable[[str], int],
         secret: bytes,
         enrolment: Enrolment,
+        rater: Rater | None = None,
     ) -> None:
         self.settings = settings
         self.state = state
@@ -132,6 +133,7 @@ class Gateway:
         self.count_tokens = count_tokens
         self._secret = secret
         self._enrolment = enrolment
+        self._rater = rater
         self._answering: collections.Counter[str] = collections.Counter()
         self._in_use: collections.Counter[str] = collections.Counter()
 
@@ -274,6 +276,7 @@ class Gateway:
             member=lambda asked, other: self._bind(asked, other, plan),
             head=self._head(version),
             panel=plan.panel if arm == plan.decision.arm else None,
+            rater=self._rater,
         )
 
     def _head(self, version: AdapterVersion | None) -> Callable[[str], Verdict] | None:

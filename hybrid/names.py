@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from hybrid.adapters.hotload import HotLoader
-from hybrid.adapters.listing import AdapterVersion
+from hybrid.adapters.kinds import is_reward
+from hybrid.adapters.listing import SERVABLE, AdapterVersion, in_service
 from hybrid.adapters.mix import parse_weights
 from hybrid.adapters.mixes import Mixes
 from hybrid.adapters.store import AdapterStore
@@ -96,14 +97,21 @@ class Names:
         return {spec: await self._version(spec) for spec in arm.adapters}
 
     async def _version(self, spec: str) -> AdapterVersion:
-        version = self._store.model(spec)
-        if version.state == "rejected":
-            raise ModelNotFound(f"{version.id} was refused and is not served: {version.reason}", param="model")
-        if version.state == "retired":
-            raise ModelNotFound(f"{version.id} is retired; use another version of it.", param="model")
+        version = in_service(self._store.model(spec))
         if version.ref.engine_name not in await self._engine.loaded():
             version = await self._loader.load_now(version.id)
         return version
+
+    def reward(self, spec: str) -> AdapterVersion:
+        """The newest reward model under `name` that passed its checks, or the one that `name@3` means. Raises
+        ModelNotFound. No I/O."""
+        name, _, number = spec.partition("@")
+        known = [v for v in self._store.versions(name) if is_reward(v.card) and number in ("", str(v.version))]
+        passed = [version for version in known if version.state in SERVABLE]
+        if not passed:
+            why = f"it is {known[-1].state}. {known[-1].reason}".rstrip() if known else "`--method reward` trains one."
+            raise ModelNotFound(f"There is no reward model {spec[:80]!r} that rates answers: {why}", param="model")
+        return max(passed, key=lambda version: version.version)
 
     def _adapter_arm(self, spec: str) -> Arm:
         self._store.model(spec)

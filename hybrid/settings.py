@@ -10,9 +10,9 @@ import logging
 import os
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from hybrid.errors import SetupError
@@ -96,7 +96,7 @@ class RetrievalSettings(_Section):
 class GateSettings(_Section):
     """The rules around the learned scores."""
 
-    deadline_ms: float = Field(200.0, description="a slower gate is not waited for")
+    deadline_ms: float = Field(50.0, description="a slower gate is not waited for: the default arm answers")
     quality_cost: float = Field(0.9, ge=0, le=1, description="0 cheapest, 1 best")
     default_arm: str = Field("prompt", description="answers when the gate cannot")
     abstain_below: float = Field(0.4, ge=0, le=1, description="a narrow arm less likely than this is not taken")
@@ -132,6 +132,7 @@ class PanelSettings(_Section):
     quorum: int | None = Field(None, ge=1)
     deadline_s: float | None = Field(None, gt=0)
     max_tokens: int | None = Field(None, ge=1)
+    reward: str = ""
 
     @field_validator("proposers", mode="before")
     @classmethod
@@ -139,6 +140,12 @@ class PanelSettings(_Section):
         if not isinstance(value, (list, tuple)):
             return value
         return [{"arm": item} if isinstance(item, str) else item for item in value]
+
+    @model_validator(mode="after")
+    def _rates_drafts(self) -> Self:
+        if self.reward and self.method != "best_of":
+            raise ValueError(f"a reward model rates the drafts of method best_of, and this is {self.method}")
+        return self
 
 
 class MoaSettings(_Section):

@@ -65,7 +65,7 @@ class GateHome:
 
     def __init__(self, embedder: Embedder, cache: Path) -> None:
         self.embedder = embedder
-        self.gate = Gate()
+        self.gate = Gate(pieces=embedder.count_tokens)
         self.gate.enrol_general(general_lines(), general_vectors(embedder.embed, "test", cache))
         self.gate.enrol_outside(outside_lines(), outside_vectors(embedder.embed, "test", cache))
 

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from hybrid.boot import open_gateway
 from hybrid.gateway import Gateway
 from hybrid.keys import Keys
+from hybrid.lifecycle.rating import Raters
 from hybrid.server.app import create_app
 from hybrid.server.run import take_port
 from hybrid.settings import Settings
@@ -101,7 +102,7 @@ async def engine_log(home: Path) -> dict[str, Any]:
 @contextlib.asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[Running]:
     """The server, ready, in this loop."""
-    async with open_gateway(settings) as gateway:
+    async with open_gateway(settings, rater=Raters(settings)) as gateway:
         app = create_app(gateway, settings, token=TOKEN)
         with take_port(settings.server) as listener:
             config = uvicorn.Config(app, http="httptools", ws="none", log_config=None, timeout_graceful_shutdown=1)

@@ -29,7 +29,7 @@ DEAR = Arm("few_shot", ("sums",))
 
 def taught_home(home: Path, **gate: Any) -> Settings:
     """A home whose gate knows that worked examples answer sums best, and that they cost seven prompts."""
-    settings = make_home(home, gate=gate)
+    settings = make_home(home, gate={"deadline_ms": 20_000, **gate})
     files = materialise(settings.embedder, settings.cache)
     embedder = Embedder(files.path, files.name)
     n = len(SUMS)

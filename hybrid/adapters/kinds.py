@@ -31,6 +31,11 @@ def kind_of(card: Mapping[str, Any]) -> str:
     return str(card.get("kind", LORA))
 
 
+def is_reward(card: Mapping[str, Any]) -> bool:
+    """Whether the card is that of a reward model: no engine loads it, and it rates what the engine's answers are."""
+    return kind_of(card) == "peft" and card.get("method") == "reward"
+
+
 def serve_with(card: Mapping[str, Any], path: Path) -> str:
     """How a version that is no LoRA is served: the card's own words, or those of its kind."""
     said = card.get("serve_with")

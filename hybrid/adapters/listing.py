@@ -80,6 +80,15 @@ class AdapterVersion:
         return float(value) if isinstance(value, int | float) else 0.0
 
 
+def in_service(version: AdapterVersion) -> AdapterVersion:
+    """The version, where it answers or still may come to. Raises ModelNotFound for a refused or a retired one."""
+    if version.state == "rejected":
+        raise ModelNotFound(f"{version.id} was refused and is not served: {version.reason}", param="model")
+    if version.state == "retired":
+        raise ModelNotFound(f"{version.id} is retired; use another version of it.", param="model")
+    return version
+
+
 @dataclass(frozen=True, slots=True)
 class Alias:
     """What a bare name means, and how often that has changed."""

@@ -16,11 +16,11 @@ from typing import Any
 
 from hybrid.adapters import lora_config
 from hybrid.adapters.hotload import HotLoader
-from hybrid.adapters.listing import MIX, PENDING, AdapterVersion
+from hybrid.adapters.listing import MIX, PENDING, AdapterVersion, in_service
 from hybrid.adapters.mix import STEPS, concatenated, padded, quantised, read_factors, write_factors
 from hybrid.adapters.store import AdapterStore
 from hybrid.engine import Engine
-from hybrid.errors import BadRequest, ModelNotFound, Overloaded, Refused
+from hybrid.errors import BadRequest, Overloaded, Refused
 
 Members = Sequence[AdapterVersion]
 
@@ -84,11 +84,7 @@ class Mixes:
 
     async def _member(self, name: str) -> AdapterVersion:
         """A member that has passed its checks, going through them now if need be."""
-        version = self._store.model(name)
-        if version.state == "rejected":
-            raise ModelNotFound(f"{version.id} was refused and is not mixed: {version.reason}", param="model")
-        if version.state == "retired":
-            raise ModelNotFound(f"{version.id} is retired; mix another version of it.", param="model")
+        version = in_service(self._store.model(name))
         if version.name == MIX:
             raise BadRequest(f"{version.id} is a mix itself; name its members.", param="model")
         return await self._loader.load_now(version.id) if version.state in PENDING else version

@@ -118,7 +118,7 @@ class House:
 
     def without(self, arms: Iterable[Arm], taught: Taught | None) -> Gate:
         """The gate fitted anew without some arms and owners, taught by something else."""
-        gate = Gate(self.gate.weights)
+        gate = Gate(self.gate.weights, self.gate.pieces)
         gate.bank, gate.taught = self.gate.bank, taught
         for arm in arms:
             gate.forget(arm)

@@ -12,6 +12,7 @@ from hybrid import reach
 from hybrid.boot import open_gateway, wait_ready
 from hybrid.cli.say import bar, data, say, text
 from hybrid.gateway import Gateway
+from hybrid.lifecycle.rating import Raters
 from hybrid.settings import Settings
 from hybrid.types import Answer, Event, Message, Request, fold
 
@@ -65,7 +66,7 @@ def _from_server(body: dict[str, Any]) -> dict[str, Any]:
 
 async def _from_engine(settings: Settings, request: Request) -> dict[str, Any]:
     with bar() as progress:
-        async with open_gateway(settings, progress) as gateway:
+        async with open_gateway(settings, progress, Raters(settings)) as gateway:
             await wait_ready(gateway, settings.engine.start_timeout_s, progress)
             answer = await _fold(gateway, request)
     if answer.error is not None:

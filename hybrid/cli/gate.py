@@ -10,6 +10,7 @@ import typer
 from hybrid.cli.say import bar, data, say, text
 from hybrid.errors import BadRequest, NotFound
 from hybrid.gate import published
+from hybrid.gate.front import areas, front
 from hybrid.gate.outcomes import read_outcomes
 from hybrid.gate.routed import chosen, judge, slack_of
 from hybrid.gate.teach import score_for, teach
@@ -76,6 +77,8 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME[@VERSION]")] = publis
     text(f"calibration error {card['calibration']['ece_before']} before, {card['calibration']['ece_after']} after")
     for slack, score, cost in card["front"]:
         text(f"giving away up to {slack:<5g} scores {score:.4f} and costs {_cost(cost)}")
+    if aiq := card.get("aiq"):
+        text(_areas(aiq))
 
 
 @app.command("eval")
@@ -84,6 +87,7 @@ def evaluate(
     more: Annotated[list[Path] | None, typer.Argument(metavar="PATH…", help="more of them")] = None,
     gate: Annotated[str, typer.Option("--gate", metavar="NAME[@VERSION]")] = published.GATE,
     quality_cost: Annotated[float, typer.Option(min=0, max=1, help="0 cheapest … 1 best")] = 1.0,
+    curve: Annotated[bool, typer.Option("--front", help="the score and the cost at every slack, too")] = False,
     json_: Json = False,
 ) -> None:
     """What a gate would have scored on measured outcomes, beside random, the best single arm and the oracle.
@@ -101,6 +105,9 @@ def evaluate(
         vectors = embedded(table.queries, embedder.embed, embedder.digest, settings.cache, progress)
     score, cost = score_for(found[0], table, vectors)
     row = judge(table, chosen(table, score, cost, slack_of(quality_cost))).wire()
+    if curve:
+        rows = front(table, score, cost)
+        row |= {"front": rows, "aiq": areas(table, rows)}
     if json_:
         data(row)
         return
@@ -150,6 +157,10 @@ def _row(kind: str, row: JSON, taken: bool) -> str:
     numbers = f"{row['auto']:7.4f} {row['random']:7.4f} {row['best_single']['score']:11.4f} {row['oracle']:7.4f}"
     cost = _cost(row["cost"]["auto"])
     return f"{kind:<8} {numbers} {recovered:>9} {cost:>10}{'  ← taken' if taken else ''}"
+
+
+def _areas(aiq: JSON) -> str:
+    return f"area under that front {aiq['auto']:.4f}, under the arms taken singly {aiq['singles']:.4f} (AIQ)"
 
 
 def _cost(value: Any) -> str:

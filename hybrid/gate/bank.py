@@ -24,6 +24,7 @@ from hybrid.gate.features import (
     passage_features,
 )
 from hybrid.gate.lexicon import Lexicon, Wording, look
+from hybrid.gate.noise import own_noise
 from hybrid.types import PROMPT, Arm, Passage
 
 #: prototypes kept of one view of one arm: a seeded sample, enough for the neighbours, small enough for a millisecond
@@ -36,12 +37,13 @@ PASSAGE_SAMPLE = 4000
 class Messages:
     """Messages an arm was trained on, as views of the same `texts`: row i of every view is text i.
 
-    A view of another length stands beside them without texts.
+    A view of another length stands beside them without texts. `noise` is what is usual in them (0 to 1).
     """
 
     texts: tuple[str, ...] = ()
     views: tuple[View, ...] = ()
     lexicon: Lexicon = field(default_factory=Lexicon)
+    noise: float = 0.0
 
     @classmethod
     def of(cls, texts: Sequence[str], *views: Vectors) -> Messages:
@@ -53,6 +55,7 @@ class Messages:
             tuple(texts[i] for i in rows) if usable and len(texts) == len(usable[0]) else (),
             tuple(View.of(v[rows_of]) for v, rows_of in zip(usable, kept, strict=True)),
             Lexicon.of(texts),
+            own_noise([texts[i] for i in rows if i < len(texts)]),
         )
 
     def text(self, view: int, row: int) -> str:
@@ -106,6 +109,13 @@ class Bank:
         """The words of every arm that has messages, made when a request first asks: a bank is often replaced before."""
         named = [m.lexicon for arm, m in self.messages.items() if arm != PROMPT and m.views]
         return Wording.of(named, self.messages[PROMPT].lexicon if PROMPT in self.messages else Lexicon())
+
+    def knows(self, stem: str) -> bool:
+        """Whether anything that is enrolled, or any general request, holds a word of this stem."""
+        general = self.messages[PROMPT].lexicon.counts if PROMPT in self.messages else {}
+        if stem in self._spoken.places or stem in general or stem in self.outside.lexicon.counts:
+            return True
+        return any(stem in corpus.rarity for corpus in self.corpora.values())
 
     def similarities(self, vectors: Vectors, own: Sequence[Own | None] = ()) -> Vectors:
         """Cosines [rows, N] of unit vectors [rows, d] with all messages; a request and itself are -inf apart."""

@@ -17,10 +17,11 @@ import numpy.typing as npt
 
 from hybrid.gate.calibrate import Conformal, Isotonic, calibration_error
 from hybrid.gate.features import Numbers, Vectors
+from hybrid.gate.front import areas, front
 from hybrid.gate.learned import KINDS, Learned, Trust, trusted
 from hybrid.gate.memory import Places
 from hybrid.gate.outcomes import Lessons, Table
-from hybrid.gate.routed import chosen, front, judge, paired
+from hybrid.gate.routed import chosen, judge, paired
 from hybrid.gate.study import FOLDS, Study
 from hybrid.types import JSON
 
@@ -84,6 +85,7 @@ def _fitted(study: Study, best: Trial, trials: Sequence[Trial]) -> tuple[Learned
     calibration = Isotonic.of(best.score[measured], table.score[measured])
     score = calibration(best.score)
     cost = study.memory.costs(study.asked.near)
+    given_up = front(table, score, cost)
     learned = Learned(
         arms=table.arms,
         model=KINDS[best.kind].fit(study, best.setting),
@@ -100,7 +102,8 @@ def _fitted(study: Study, best: Trial, trials: Sequence[Trial]) -> tuple[Learned
         "chosen": best.kind,
         "kinds": {trial.kind: _told(table, trial) for trial in trials},
         "calibration": _calibration(study, best),
-        "front": front(table, score, cost),
+        "front": given_up,
+        "aiq": areas(table, given_up),
     }
     return learned, facts
 
@@ -142,12 +145,12 @@ def _confirmed(study: Study, raw: Numbers) -> tuple[float, float]:
 
     Advantages are differences from the mean of the arms measured on a row, beyond the arms' own means.
     """
-    table = study.table
+    table, weights = study.table, study.table.weights
     expected = np.empty_like(raw)
-    for fitted, tried in study.splits:
-        expected[tried] = study.means(fitted).arm
+    for fold in study.folds:
+        expected[fold.tried] = fold.means.arm
     measured = table.measured
-    weight = np.where(measured, table.weights[:, None], 0.0)
+    weight = np.where(measured, weights[:, None], 0.0)
 
     def beyond(scores: Numbers) -> Numbers:
         away = np.where(measured, scores - expected, 0.0)
@@ -177,9 +180,8 @@ def _score(study: Study, raw: Numbers, trust: Trust) -> float:
 def _trusted(study: Study, raw: Numbers, trust: Trust) -> Numbers:
     """Scores for the rows held out, each fold's by what the other folds measured."""
     out = np.empty_like(raw)
-    for fitted, tried in study.splits:
-        near = study.asked.near.part(tried)
-        out[tried] = trusted(raw[tried], near, study.memory, study.means(fitted), trust)
+    for fold in study.folds:
+        out[fold.tried] = trusted(raw[fold.tried], fold.asked.near, study.memory, fold.means, trust)
     return out
 
 
@@ -191,7 +193,9 @@ def _taken(table: Table, score: Numbers) -> Places:
 
 def _calibration(study: Study, best: Trial) -> JSON:
     """The expected calibration error before and after, each half of the folds calibrated by the other."""
-    measured, even = study.table.measured, (study.folds % 2 == 0)[:, None]
+    measured, even = study.table.measured, np.zeros((len(study.table), 1), dtype=bool)
+    for fold in study.folds[::2]:
+        even[fold.tried] = True
     after = np.empty_like(best.score)
     for half in (measured & even, measured & ~even):
         other = measured & ~half

@@ -56,7 +56,7 @@ class Enrolment:
         pinned: int | None = None,
         candidate: Learned | None = None,
     ) -> None:
-        self.gate = Gate()
+        self.gate = Gate(pieces=library.embedder.count_tokens)
         self.warm = False
         self.generation = 0
         self._home = home
@@ -95,6 +95,7 @@ class Enrolment:
             self.gate.enrol_general(lines, general_vectors(embedder.embed, embedder.digest, self._cache))
             self.gate.enrol_outside(outside_lines(), outside_vectors(embedder.embed, embedder.digest, self._cache))
             embedder.embed_query(lines[0])  # the first query must not pay for loading
+            embedder.count_tokens(lines[:1])
         for arm in gone:
             self.gate.forget(arm)
             del self._seen[arm]

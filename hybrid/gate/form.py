@@ -14,9 +14,9 @@ from hybrid.gate.lexicon import is_question
 #: the columns of `form`, in order
 FORM = ("length", "question", "code", "digits", "json", "options")
 _CODE = re.compile(
-    r"```|\bdef \w+\(|\bclass \w+|[;{}]\s*$|</\w+>|\b(?:SELECT|import|return|function)\b|==|->", re.MULTILINE
+    r"```|\bdef \w+\(|\bclass \w+|[;{}][^\S\n]*$|</\w+>|\b(?:SELECT|import|return|function)\b|==|->", re.MULTILINE
 )
-_OPTION = re.compile(r"^\s*\(?[A-E][.):]\s", re.MULTILINE)
+_OPTION = re.compile(r"^[^\S\n]*\(?[A-E][.):]\s", re.MULTILINE)
 #: the end of a long request tells as much as all of it
 _LOOK = 4000
 
@@ -32,7 +32,7 @@ def _row(query: str) -> tuple[float, ...]:
         math.log1p(len(query)) / 10,
         float(is_question(text)),
         float(_CODE.search(text) is not None),
-        sum(c.isdigit() for c in text) / max(len(text), 1),
+        sum(map(str.isdigit, text)) / max(len(text), 1),
         float("json" in text.casefold()),
         float(_OPTION.search(text) is not None),
     )

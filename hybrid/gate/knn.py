@@ -37,10 +37,9 @@ class Knn:
     def trials(cls, study: Study) -> Iterator[tuple[float, Numbers]]:
         for n, (k, temperature) in enumerate(_SETTINGS):
             parts = []
-            for fitted, tried in study.splits:
-                prior = study.means(fitted).mean[study.memory.group]
-                near = study.asked.near.part(tried)
-                parts.append((tried, _votes(near, study.memory.score, prior, k, temperature)))
+            for fold in study.folds:
+                prior = fold.means.mean[study.memory.group]
+                parts.append((fold.tried, _votes(fold.asked.near, study.memory.score, prior, k, temperature)))
             yield float(n), fill(len(study.table), parts)
 
     @classmethod

@@ -21,7 +21,7 @@ _ASKING = frozenset(
     "who whom whose what when where which why how is are was were do does did can could".split()  # noqa: SIM905
 )
 #: characters of a word that count: plurals and endings fall away in most alphabets
-_STEM = 6
+STEM = 6
 #: words assumed to exist beyond those seen, and how many words of general requests every arm is mixed with
 _UNSEEN, _MIXED = 5000, 50
 _LEAST, _MOST = -3.0, 4.0
@@ -34,9 +34,14 @@ def bare_input(query: str) -> str:
     return query.rstrip().rsplit("\n\n", 1)[-1]
 
 
+def spelled(text: str) -> list[str]:
+    """The words and marks of a text in order, folded."""
+    return _TOKEN.findall(text.casefold())
+
+
 def tokens(text: str) -> list[str]:
     """The words and marks of a text in order, folded and cut to their first characters."""
-    return [token[:_STEM] for token in _TOKEN.findall(text.casefold())]
+    return [token[:STEM] for token in spelled(text)]
 
 
 def look(text: str) -> list[str]:

@@ -51,9 +51,10 @@ class Linear:
         tried: list[list[tuple[npt.NDArray[np.intp], Numbers]]] = [[] for _ in PENALTIES]
         columns = Columns.of(study.asked.form)
         x = columns(study.asked)
-        for fitted, held in study.splits:
-            for n, (weight, bias) in enumerate(_ridge(x[fitted], study.table.score[fitted], PENALTIES)):
-                tried[n].append((held, x[held] @ weight + bias))
+        for fold in study.folds:
+            found = _ridge(x[fold.fitted], study.table.score[fold.fitted], PENALTIES)
+            for parts, (weight, bias) in zip(tried, found, strict=True):
+                parts.append((fold.tried, x[fold.tried] @ weight + bias))
         for penalty, parts in zip(PENALTIES, tried, strict=True):
             yield penalty, fill(len(x), parts)
 
@@ -91,10 +92,11 @@ def _ridge(x: Numbers, score: Numbers, penalties: Sequence[float]) -> list[tuple
         rows, arms = patterns[:, p], np.flatnonzero(which == p)
         if not rows.any():
             continue
-        middle, mean = x[rows].mean(axis=0), score[np.ix_(rows, arms)].mean(axis=0)
-        centred = x[rows] - middle
+        known, values = (x, score[:, arms]) if rows.all() else (x[rows], score[np.ix_(rows, arms)])
+        middle, mean = known.mean(axis=0), values.mean(axis=0)
+        centred = known - middle
         size, basis = np.linalg.eigh(centred.T @ centred)
-        seen = basis.T @ (centred.T @ (score[np.ix_(rows, arms)] - mean))
+        seen = basis.T @ (centred.T @ (values - mean))
         for (weight, bias), penalty in zip(out, penalties, strict=True):
             weight[:, arms] = basis @ (seen / (np.maximum(size, 0.0) + penalty)[:, None])
             bias[arms] = mean - middle @ weight[:, arms]

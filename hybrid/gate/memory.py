@@ -29,7 +29,7 @@ AROUND = 20
 #: how many measured neighbours the common mean counts as
 _PRIOR = 2.0
 _TEXT = 500
-_ROWS = 1024
+_ROWS = 512
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -63,13 +63,12 @@ class Memory:
     def of(cls, table: Table, vectors: Vectors, seed: int) -> tuple[Memory, Places]:
         """The memory of a table with its vectors [n, d], and which of its rows are in it."""
         kept = np.sort(np.random.default_rng(seed).permutation(len(table))[:MOST])
-        groups = tuple(dict.fromkeys(table.groups))
-        place = {name: i for i, name in enumerate(groups)}
+        group, groups = table.places
         memory = cls(
             vectors[kept].astype(np.float16).astype(np.float32),
             table.score[kept].astype(np.float32).astype(np.float64),
             table.cost[kept].astype(np.float32).astype(np.float64),
-            np.array([place[table.groups[i]] for i in kept], dtype=np.intp),
+            group[kept],
             groups,
             tuple(table.queries[i][:_TEXT] for i in kept),
         )
@@ -85,14 +84,15 @@ class Memory:
         cosines = np.empty((len(vectors), k), dtype=np.float32)
         for start in range(0, len(vectors), _ROWS):
             part = slice(start, start + _ROWS)
-            similarity = vectors[part] @ self.vectors.T
+            distance = vectors[part] @ self.vectors.T
+            np.negative(distance, out=distance)  # in place: a block of a large memory is tens of megabytes
             if apart is not None:
-                similarity[apart[0][part, None] == apart[1][None, :]] = -np.inf
-            best = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-            found = np.take_along_axis(similarity, best, axis=1)
-            order = np.argsort(-found, axis=1, kind="stable")
+                distance[apart[0][part, None] == apart[1][None, :]] = np.inf
+            best = np.argpartition(distance, k - 1, axis=1)[:, :k]
+            found = np.take_along_axis(distance, best, axis=1)
+            order = np.argsort(found, axis=1, kind="stable")
             rows[part] = np.take_along_axis(best, order, axis=1)
-            cosines[part] = np.take_along_axis(found, order, axis=1)
+            cosines[part] = -np.take_along_axis(found, order, axis=1)
         return Near(rows, cosines)
 
     @cached_property
@@ -111,12 +111,14 @@ class Memory:
 
     def costs(self, near: Near) -> Numbers:
         """[n, arms]: what answers to requests like these cost, drawn towards the arm's mean."""
-        rows, votes = near.rows[:, :AROUND], np.isfinite(near.similarity[:, :AROUND])
-        cost = self.cost[rows]
-        known = ~np.isnan(cost) & votes[:, :, None]
-        total = np.where(known, cost, 0.0).sum(axis=1)
-        near_by: Numbers = (total + _PRIOR * self.common_cost) / (known.sum(axis=1) + _PRIOR)
-        return near_by
+        out = np.empty((len(near.rows), self.cost.shape[1]))
+        for start in range(0, len(out), _ROWS):
+            part = slice(start, start + _ROWS)
+            cost, votes = self.cost[near.rows[part, :AROUND]], np.isfinite(near.similarity[part, :AROUND])
+            known = ~np.isnan(cost) & votes[:, :, None]
+            total = np.where(known, cost, 0.0).sum(axis=1)
+            out[part] = (total + _PRIOR * self.common_cost) / (known.sum(axis=1) + _PRIOR)
+        return out
 
     def examples(self, near: Near, arms: Sequence[str]) -> tuple[tuple[Example, ...], ...]:
         """For each request up to five of the nearest, with the scores of the arms measured on them."""
@@ -148,8 +150,9 @@ class GroupMeans:
         """From scores [n, arms] and the group of each row [n]."""
         known = ~np.isnan(score)
         filled = np.where(known, score, 0.0)
-        count = np.stack([known[group == g].sum(axis=0) for g in range(groups)])
-        total = np.stack([filled[group == g].sum(axis=0) for g in range(groups)])
+        count, total = np.zeros((groups, score.shape[1])), np.zeros((groups, score.shape[1]))
+        np.add.at(count, group, known)
+        np.add.at(total, group, filled)
         overall = filled.sum() / max(known.sum(), 1)
         arm = (filled.sum(axis=0) + overall) / (known.sum(axis=0) + 1)
         usual = total.sum(axis=1) / np.maximum(count.sum(axis=1), 1)

@@ -18,6 +18,8 @@ from hybrid.gate.bandit import Bandit
 from hybrid.gate.bank import PASSAGE_SAMPLE, Bank, Messages, sample
 from hybrid.gate.features import COLUMNS, NEAREST, Corpus, Numbers, Search, Vectors
 from hybrid.gate.learned import Estimate
+from hybrid.gate.lexicon import words
+from hybrid.gate.noise import Pieces, believed, noise
 from hybrid.gate.taught import TASK, Blend, Taught, task_owner
 from hybrid.types import PROMPT, Arm, Passage
 
@@ -96,10 +98,14 @@ _MEAN5 = COLUMNS["messages"].index("mean5")
 
 
 class Gate:
-    """Arms and weights. Enrolling and scoring may happen in different threads: a score uses one bank throughout."""
+    """Arms and weights. Enrolling and scoring may happen in different threads: a score uses one bank throughout.
 
-    def __init__(self, weights: Weights = DEFAULT) -> None:
+    `pieces` counts the word pieces of the embedder, by which noise is known; without it nothing is taken for noise.
+    """
+
+    def __init__(self, weights: Weights = DEFAULT, pieces: Pieces | None = None) -> None:
         self.weights = weights
+        self.pieces = pieces
         self.taught: Taught | None = None
         self.bandit: Bandit | None = None
         self.bank = Bank.of({PROMPT: Messages()}, {}, Messages())
@@ -181,6 +187,9 @@ class Gate:
         utilities = np.array([weights.utility(arm, x)[0] for arm, x in features.items()])
         owners = dict(zip(features, softmax(utilities).tolist(), strict=True))
         why = _reasons(bank, features, found)
+        if amount := self._noise(bank, query, found):
+            owners = _quietened(owners, bank, amount)
+            why[PROMPT] = f"nothing here knows its words, and {amount:.0%} of it looks like noise"
         near = tuple(
             {"arm": str(arm), "text": text, "similarity": round(cosine, 4)}
             for arm, text, cosine in bank.neighbours(cosines[0], NEAREST)
@@ -192,12 +201,29 @@ class Gate:
         reasons = {**why, **_expectations(blend)}
         return Scores(blend.shares, reasons, (*_measured(estimate), *near), blend.stranger, blend.costs)
 
+    def _noise(self, bank: Bank, query: str, found: Mapping[Arm, Sequence[Passage]]) -> float:
+        """How much of a request is noise, 0 to 1, to all that is enrolled and to the passages found for it."""
+        if self.pieces is None:
+            return 0.0
+        amount = noise(query, bank.knows, self.pieces)
+        if not amount:
+            return 0.0
+        shown = set[str]().union(*(words(f"{p.title} {p.text}") for passages in found.values() for p in passages))
+        return noise(query, lambda stem: stem in shown or bank.knows(stem), self.pieces)
+
     def _change(
         self, messages: Mapping[Arm, Messages] | None = None, corpora: Mapping[Arm, Corpus] | None = None
     ) -> None:
         with self._lock:
             old = self.bank
             self.bank = Bank.of({**old.messages, **(messages or {})}, {**old.corpora, **(corpora or {})}, old.outside)
+
+
+def _quietened(owners: Mapping[Arm, float], bank: Bank, amount: float) -> dict[Arm, float]:
+    """The owners' probabilities where so much of a request is noise: what they lose is nobody's, and so `prompt`'s."""
+    usual = {arm: messages.noise for arm, messages in bank.messages.items()}
+    kept = {arm: chance * believed(amount, usual.get(arm, 0.0)) for arm, chance in owners.items() if arm != PROMPT}
+    return {**owners, **kept, PROMPT: 1 - sum(kept.values())}
 
 
 def softmax(utilities: Numbers) -> Numbers:

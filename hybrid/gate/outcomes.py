@@ -10,8 +10,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
@@ -27,9 +29,13 @@ Numbers = npt.NDArray[np.float64]
 _AUTO = "auto"
 _TEACHING_SPLITS = ("train", "dev")
 _TABLES = (".jsonl", ".csv")
+#: how a CSV file spells what JSON has literals for
+_SPELLED: Mapping[str, float | None] = {"": None, "null": None, "none": None, "na": None, "true": 1.0, "false": 0.0}
+#: means of many answers may lie this far outside 0 to 1
+_SLIP = 1e-6
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False)
 class Table:
     """Queries by arms. `queries` are what the gate sees, `groups` the tasks they belong to ("" in plain tables).
 
@@ -52,11 +58,17 @@ class Table:
         """[n, arms]: which arm was asked which query."""
         return ~np.isnan(self.score)
 
-    @property
+    @cached_property
+    def places(self) -> tuple[npt.NDArray[np.intp], tuple[str, ...]]:
+        """([n] which of the different groups each row is of, those groups in the order they come in)."""
+        names = {name: place for place, name in enumerate(dict.fromkeys(self.groups))}
+        return np.fromiter((names[group] for group in self.groups), dtype=np.intp, count=len(self)), tuple(names)
+
+    @cached_property
     def weights(self) -> Numbers:
         """[n], summing to one: every group weighs the same, as in a report's overall score."""
-        _, place, count = np.unique(np.array(self.groups), return_inverse=True, return_counts=True)
-        weights: Numbers = 1.0 / (count[place] * len(count))
+        place, groups = self.places
+        weights: Numbers = 1.0 / (np.bincount(place)[place] * len(groups))
         return weights
 
     def rows(self, index: npt.NDArray[np.intp]) -> Self:
@@ -75,13 +87,9 @@ class Table:
 class Lessons(Table):
     """Outcomes that a gate may be taught with."""
 
-    __slots__ = ()
-
 
 class Seen(Table):
     """Outcomes to judge a gate on; some may be of a test split."""
-
-    __slots__ = ()
 
 
 def lessons(table: Table) -> Lessons:
@@ -118,7 +126,8 @@ def read_outcomes(paths: Sequence[Path], *, teach: bool) -> Table:
 
 def joined(first: Lessons, second: Lessons) -> Lessons:
     """The rows of both, with all their arms; of a group that both hold, those of the first alone."""
-    second = second.rows(np.flatnonzero([group not in first.groups for group in second.groups]))
+    held = set(first.groups)
+    second = second.rows(np.flatnonzero([group not in held for group in second.groups]))
     arms = tuple(dict.fromkeys((*first.arms, *second.arms)))
 
     def wide(table: Lessons, cells: Numbers) -> Numbers:
@@ -138,25 +147,51 @@ def joined(first: Lessons, second: Lessons) -> Lessons:
 
 @dataclass(slots=True)
 class _Cells:
-    """Scores and costs as they are read, by (group, id, query) and arm."""
+    """Scores and costs as they are read, each beside its row and its arm: numbers alone, however long the queries."""
 
-    rows: dict[tuple[str, str, str], dict[str, list[tuple[float, float]]]] = field(default_factory=dict)
+    rows: dict[tuple[str, str, str], int] = field(default_factory=dict)
     arms: dict[str, int] = field(default_factory=dict)
+    row: array[int] = field(default_factory=lambda: array("q"))
+    arm: array[int] = field(default_factory=lambda: array("q"))
+    score: array[float] = field(default_factory=lambda: array("d"))
+    cost: array[float] = field(default_factory=lambda: array("d"))
 
     def add(self, group: str, id: str, query: str, arm: str, score: float, cost: float) -> None:
-        self.arms.setdefault(arm, len(self.arms))
-        self.rows.setdefault((group, id, query), {}).setdefault(arm, []).append((score, cost))
+        self.row.append(self.rows.setdefault((group, id, query), len(self.rows)))
+        self.arm.append(self.arms.setdefault(arm, len(self.arms)))
+        self.score.append(score)
+        self.cost.append(cost)
 
     def table(self, kind: type[Table]) -> Table:
-        shape = (len(self.rows), len(self.arms))
-        score, cost = np.full(shape, np.nan), np.full(shape, np.nan)
-        for i, row in enumerate(self.rows.values()):
-            for arm, cells in row.items():
-                score[i, self.arms[arm]] = sum(s for s, _ in cells) / len(cells)
-                known = [c for _, c in cells if not math.isnan(c)]
-                cost[i, self.arms[arm]] = sum(known) / len(known) if known else math.nan
-        groups, ids, queries = zip(*self.rows, strict=True) if self.rows else ((), (), ())
+        keys, place = self._queries()
+        cell = np.array(place, dtype=np.intp)[np.array(self.row, dtype=np.intp)] * len(self.arms)
+        cell += np.array(self.arm, dtype=np.intp)
+        shape = (len(keys), len(self.arms))
+        score, cost = (_means(cell, np.array(values), shape) for values in (self.score, self.cost))
+        groups, ids, queries = zip(*keys, strict=True) if keys else ((), (), ())
         return kind(ids, queries, groups, tuple(self.arms), score, cost)
+
+    def _queries(self) -> tuple[list[tuple[str, str, str]], list[int]]:
+        """The different queries, and which of them each row is.
+
+        Where no id stands for two arms, ids number the lines of a table, and a query is known by its words.
+        """
+        if len(self.arms) < 2 or len(self.row) > len(self.rows):
+            return list(self.rows), list(range(len(self.rows)))
+        first: dict[tuple[str, str], tuple[str, str, str]] = {}
+        for key in self.rows:
+            first.setdefault((key[0], key[2]), key)
+        number = {words: n for n, words in enumerate(first)}
+        return list(first.values()), [number[group, query] for group, _, query in self.rows]
+
+
+def _means(cell: npt.NDArray[np.intp], values: Numbers, shape: tuple[int, int]) -> Numbers:
+    """The mean of the values of every cell of a table, NaN where there are none."""
+    known, cells = ~np.isnan(values), shape[0] * shape[1]
+    count = np.bincount(cell[known], minlength=cells)
+    total = np.bincount(cell[known], values[known], minlength=cells)
+    means: Numbers = np.where(count > 0, total / np.maximum(count, 1), np.nan).reshape(shape)
+    return means
 
 
 # --- report folders --------------------------------------------------------------------------------------------------
@@ -261,13 +296,15 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 def _text(value: Any, name: str, path: Path, line: int) -> str:
     if isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip():
-        return str(value)
+        return str(value).encode(errors="replace").decode()  # half a surrogate pair is no text that can be kept
     raise DataError(f"{path}:{line}: `{name}` is {value!r}; give a text{' or a number' if name == 'id' else ''}.")
 
 
 def _number(value: Any, name: str, path: Path, line: int) -> float | None:
     """The number in a cell; None for an empty one, which means not measured."""
-    if value is None or (isinstance(value, str) and not value.strip()):
+    if isinstance(value, str):
+        value = _SPELLED.get(value.strip().casefold(), value)
+    if value is None:
         return None
     try:
         number = float(value)
@@ -278,9 +315,9 @@ def _number(value: Any, name: str, path: Path, line: int) -> float | None:
 
 def _score(value: Any, path: Path, line: int) -> float | None:
     score = _number(value, "score", path, line)
-    if score is not None and not 0 <= score <= 1:
+    if score is not None and not -_SLIP <= score <= 1 + _SLIP:
         raise DataError(f"{path}:{line}: the score {score:g} is not in 0 to 1; divide the scores by their maximum.")
-    return score
+    return score if score is None else min(max(score, 0.0), 1.0)
 
 
 def _cost(value: Any, path: Path, line: int) -> float:

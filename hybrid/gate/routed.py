@@ -13,8 +13,6 @@ from hybrid.gate.memory import Places
 from hybrid.gate.outcomes import Table
 from hybrid.types import JSON, Arm
 
-#: how much of the expected score may be given away for a cheaper answer: the grid that a front is measured on
-SLACKS = (0.0, 0.01, 0.02, 0.04, 0.06, 0.09, 0.12, 0.16, 0.25, 0.36, 0.5, 0.7, 1.0)
 #: an arm measured less often than this in a group (or than on half of it) is not judged as the only arm
 _ENOUGH = 10
 _EXACT = 1e-12
@@ -91,14 +89,21 @@ def judge(table: Table, taken: Places) -> Routed:
         best_single=best,
         oracle=oracle,
         recovered=(auto - best) / room if room > _EXACT else None,
-        cost=_mean_cost(table.cost[rows, taken], weights),
+        cost=mean_cost(table.cost[rows, taken], weights),
         best_cost=best_cost,
         n=len(table),
     )
 
 
 def best_single(table: Table) -> tuple[str, float, float | None]:
-    """(arm, score, cost) of the one arm that scores best everywhere.
+    """(arm, score, cost) of the one arm that scores best everywhere."""
+    found = singles(table)
+    best = max(found, key=lambda name: found[name][0])
+    return best, *found[best]
+
+
+def singles(table: Table) -> dict[str, tuple[float, float | None]]:
+    """(score, cost) of every arm as the only one.
 
     An arm counts that was measured in every group, on more than a few of its queries; where none was, any does.
     """
@@ -107,31 +112,21 @@ def best_single(table: Table) -> tuple[str, float, float | None]:
     for least in (_ENOUGH, 1, 0):
         for name, (score, cost) in columns.items():
             if _everywhere(table, score, least):
-                weights = table.weights * ~np.isnan(score)
-                weights = _by_group(table, weights)
-                found[name] = float(weights @ np.nan_to_num(score)), _mean_cost(cost, weights)
+                weights = _by_group(table, table.weights * ~np.isnan(score))
+                found[name] = float(weights @ np.nan_to_num(score)), mean_cost(cost, weights)
         if found:
             break
-    best = max(found, key=lambda name: found[name][0])
-    return best, *found[best]
-
-
-def front(table: Table, score: Numbers, cost: Numbers) -> list[list[float | None]]:
-    """[slack, score, cost] for every slack of the grid: what giving away expected score saves."""
-    rows: list[list[float | None]] = []
-    for slack in SLACKS:
-        measured = judge(table, chosen(table, score, cost, slack))
-        rows.append([slack, round(measured.auto, 6), measured.cost])
-    return rows
+    return found
 
 
 def _families(table: Table) -> dict[str, tuple[Numbers, Numbers]]:
     """Scores and costs [n] of each arm; one that is named after the task it answers is the same on every task."""
     names: dict[str, tuple[Numbers, Numbers]] = {}
-    tasks = {name: np.array([g == name for g in table.groups]) for name in dict.fromkeys(table.groups) if name}
+    place, groups = table.places
+    number = {group: n for n, group in enumerate(groups) if group}
     for a, arm in enumerate(table.arms):
         task, family = _own_task(arm)
-        rows = tasks.get(task, np.zeros(len(table), dtype=bool))
+        rows = place == number.get(task, -1)
         for name, part in ((family, rows), (arm, ~rows)):
             if not np.isnan(table.score[part, a]).all():
                 score, cost = names.setdefault(name, (np.full(len(table), np.nan), np.full(len(table), np.nan)))
@@ -152,21 +147,20 @@ def _everywhere(table: Table, score: Numbers, least: int) -> bool:
     known = ~np.isnan(score)
     if least == 0:
         return bool(known.any())
-    groups = np.array(table.groups)
-    return all(
-        known[groups == g].sum() >= min(least, -(-int((groups == g).sum()) // 2)) for g in dict.fromkeys(table.groups)
-    )
+    place, _ = table.places
+    rows = np.bincount(place)
+    return bool((np.bincount(place, known) >= np.minimum(least, -(-rows // 2))).all())
 
 
 def _by_group(table: Table, weights: Numbers) -> Numbers:
     """Weights that sum to the same in every group that has any."""
-    _, place = np.unique(np.array(table.groups), return_inverse=True)
+    place, _ = table.places
     total = np.bincount(place, weights)
     shared: Numbers = weights / np.where(total > 0, total, 1)[place] / max(int((total > 0).sum()), 1)
     return shared
 
 
-def _mean_cost(cost: Numbers, weights: Numbers) -> float | None:
+def mean_cost(cost: Numbers, weights: Numbers) -> float | None:
     """The weighted mean of the known costs, to six significant digits: they may be as small as 1e-6."""
     known = ~np.isnan(cost) & (weights > 0)
     if not known.any():

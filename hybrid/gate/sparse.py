@@ -1,13 +1,17 @@
 """Sparse gating: softmax over the best k of many, and keeping the load of the many even.
 
-The mixture of experts of Shazeer et al. 2017 (arXiv 1701.06538), here over adapters and whole requests. Pure numpy.
+The mixture of experts of Shazeer et al. 2017 (arXiv 1701.06538), here over adapters and whole requests. Two terms say
+how uneven a load is: the importance of Shazeer et al., which sees the weights, and the loss of Switch Transformers
+(Fedus et al. 2021, arXiv 2101.03961), which sees what was dispatched, too. Pure numpy.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from hybrid.gate.features import Numbers
+from hybrid.gate.model import softmax
 
 #: rounds in which a bias is fitted, its steps ever smaller
 _ROUNDS = 60
@@ -20,10 +24,7 @@ def top_k_softmax(scores: Numbers, k: int, temperature: float = 1.0, bias: Numbe
     in their weights (Wang et al. 2024, arXiv 2408.15664, equation 3). Of equal scores the first are taken.
     """
     kept = _chosen(scores if bias is None else scores + bias, k)
-    logits = np.where(kept, scores / temperature, -np.inf)
-    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-    weights: Numbers = odds / odds.sum(axis=1, keepdims=True)
-    return weights
+    return softmax(np.where(kept, scores / temperature, -np.inf))
 
 
 def load_balance(weights: Numbers) -> float:
@@ -35,25 +36,43 @@ def load_balance(weights: Numbers) -> float:
     return float(importance.var() / importance.mean() ** 2)
 
 
+def switch_balance(scores: Numbers, k: int = 1) -> float:
+    """How uneven a choice of `k` by scores [n, arms] is: 1 where it is even, arms where one gets all and is sure of it.
+
+        arms · Σᵢ fᵢ · Pᵢ          fᵢ: the share of the choices that fell on arm i (equation 5)
+                                   Pᵢ: its mean probability, by a softmax over all arms (equation 6)
+
+    The loss of Switch Transformers, equation 4 of Fedus et al. 2021 with a factor of 1. An arm that is chosen often and
+    narrowly costs less than one that is chosen often and surely, which the importance alone would not tell at k = 1.
+    """
+    chosen = _chosen(scores, k).mean(axis=0)
+    probability = softmax(scores).mean(axis=0)
+    return float(len(chosen) * (chosen / chosen.sum()) @ probability)
+
+
 def balanced(scores: Numbers, k: int, strength: float) -> Numbers:
     """A bias [arms], no entry beyond ±`strength`, that evens the load over a sample of scores [n, arms].
 
-    Balancing without an auxiliary loss (Wang et al. 2024, arXiv 2408.15664, algorithm 1): an arm chosen more often than
-    the mean is lowered by a step, others are raised. Steps shrink, and the evenest bias is kept: it is never worse than
-    none.
+    It walks as in balancing without an auxiliary loss (Wang et al. 2024, arXiv 2408.15664, algorithm 1): an arm chosen
+    more often than the mean is lowered by a step, others are raised, and steps shrink. Of all biases on the way that
+    make the load no less even than none does, the one with the least `balance_loss` is kept.
     """
     bias = best = np.zeros(scores.shape[1])
-    least = np.inf
+    none, least = float(_chosen(scores, k).mean(axis=0).var()), np.inf
     for step in np.geomspace(strength / 2, strength / 50, _ROUNDS) if strength > 0 else ():
         load = _chosen(scores + bias, k).mean(axis=0)
-        uneven = float(load.var())
-        if uneven < least:
-            least, best = uneven, bias
+        if load.var() <= none and (found := balance_loss(scores, k, bias)) < least:
+            least, best = found, bias
         bias = np.clip(bias + step * np.sign(load.mean() - load), -strength, strength)
     return best
 
 
-def _chosen(scores: Numbers, k: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+def balance_loss(scores: Numbers, k: int, bias: Numbers) -> float:
+    """Both terms of the load under a bias [arms], the importance's and Switch's; 0 where it is even by both."""
+    return load_balance(top_k_softmax(scores, k, bias=bias)) + switch_balance(scores + bias, k) - 1
+
+
+def _chosen(scores: Numbers, k: int) -> npt.NDArray[np.bool_]:
     """Which of each row are among its `k` highest."""
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     kept = np.zeros(scores.shape, bool)

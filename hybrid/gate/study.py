@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,10 @@ class Asked:
     vectors: Vectors
     form: Numbers
     near: Near
+
+    def part(self, index: Places) -> Asked:
+        """Some of the requests."""
+        return Asked(self.vectors[index], self.form[index], self.near.part(index))
 
 
 class Model(Protocol):
@@ -69,41 +74,45 @@ class Model(Protocol):
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class Fold:
+    """One fold of a study: the rows that are `fitted` and those that are `tried`, what the arms scored in every group
+    of the former, and the latter as a gate sees them."""
+
+    fitted: Places
+    tried: Places
+    means: GroupMeans
+    asked: Asked
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Study:
-    """A table laid out for cross-validation: the fold of every row, and its neighbours among the other folds."""
+    """A table laid out for cross-validation: its folds, and the neighbours of every row among the other folds."""
 
     table: Lessons
     asked: Asked
     memory: Memory
-    kept: Places
-    folds: Places
+    folds: tuple[Fold, ...]
     seed: int
 
     @classmethod
     def of(cls, table: Lessons, vectors: Vectors, seed: int) -> Study:
         """Raises DataError where there are too few different queries to check anything by, Refused for a table that
         may not teach."""
-        folds = _folds(lessons(table), seed)
+        place = _folds(lessons(table), seed)
         memory, kept = Memory.of(table, vectors, seed)
-        near = memory.near(vectors, NEIGHBOURS, (folds, folds[kept]))
-        return cls(table, Asked(vectors, form(table.queries), near), memory, kept, folds, seed)
-
-    @property
-    def splits(self) -> Iterator[tuple[Places, Places]]:
-        """(rows to fit, rows to try) of every fold."""
-        for fold in range(int(self.folds.max()) + 1):
-            yield np.flatnonzero(self.folds != fold), np.flatnonzero(self.folds == fold)
-
-    def means(self, rows: Places) -> GroupMeans:
-        """The group means of some of the rows."""
-        place = {name: i for i, name in enumerate(self.memory.groups)}
-        group = np.array([place[self.table.groups[i]] for i in rows.tolist()], dtype=np.intp)
-        return GroupMeans.of(self.table.score[rows], group, len(place))
+        asked = Asked(vectors, form(table.queries), memory.near(vectors, NEIGHBOURS, (place, place[kept])))
+        group, groups = table.places
+        folds = []
+        for fold in range(int(place.max()) + 1):
+            fitted, tried = np.flatnonzero(place != fold), np.flatnonzero(place == fold)
+            means = GroupMeans.of(table.score[fitted], group[fitted], len(groups))
+            folds.append(Fold(fitted, tried, means, asked.part(tried)))
+        return cls(table, asked, memory, tuple(folds), seed)
 
 
 def _folds(table: Lessons, seed: int) -> Places:
     """[n]: a fold for every row. Queries of the same words stay together; every group is spread over all folds."""
-    units: dict[tuple[str, ...], list[int]] = {}
+    units: dict[bytes, list[int]] = {}
     for i, query in enumerate(table.queries):
         units.setdefault(_words(query), []).append(i)
     if len(units) < _LEAST:
@@ -119,8 +128,10 @@ def _folds(table: Lessons, seed: int) -> Places:
     return folds
 
 
-def _words(query: str) -> tuple[str, ...]:
-    return tuple(sorted(set(_WORD.findall(query.casefold())))) or (query,)
+def _words(query: str) -> bytes:
+    """A digest of the different words of a query: a long one has hundreds, and a table tens of thousands of queries."""
+    words = sorted(set(_WORD.findall(query.casefold()))) or [query]
+    return hashlib.blake2b("\n".join(words).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def fill(n: int, parts: Sequence[tuple[Places, Numbers]]) -> Numbers:

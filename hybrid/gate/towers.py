@@ -4,6 +4,10 @@ The arm's tower begins with what is known of an arm before any row (its strategy
 its own rows teach, so that an arm with few rows lies near arms like it (as in two-tower recommenders, Yi et al. 2019;
 for routing, matrix factorisation in RouteLLM, Ong et al. 2024, arXiv 2406.18665). Soft targets: the scores themselves,
 by cross-entropy. Torch fits; numpy serves.
+
+A few hundred noisy outcomes are easily learned by heart. So the towers begin as the arms' mean scores and move away
+from them step by step (early stopping is a ridge), a straight path beside the hidden layer learns what a straight line
+can tell, and what serves is the average of the last steps (Polyak & Juditsky 1992) and not where the last one fell.
 """
 
 from __future__ import annotations
@@ -22,35 +26,39 @@ from hybrid.gate.memory import AROUND, Memory, Places
 from hybrid.gate.study import Asked, Study, Tensors, fill
 from hybrid.types import Arm, Strategy
 
-#: after how many steps of training the towers are tried
-STEPS = (40, 120, 360)
+#: after how many steps of training on a thousand rows the towers are tried; steps grow with the root of the rows
+STEPS = (30, 90, 270, 810)
+_ROWS = 1000
 _BATCH, _HIDDEN, _WIDTH = 256, 64, 32
-_RATE, _DECAY, _DROPOUT = 3e-3, 3e-2, 0.1
+_RATE, _DECAY, _DROPOUT = 3e-3, 0.3, 0.1
+#: what of the average a step leaves as it was
+_KEPT = 0.95
 #: an arm's strategy as one of so many columns; `base` is not among what a gate chooses from
 _KINDS_OF_ARM = tuple(name for name in get_args(Strategy) if name != "base")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Towers:
-    """The request's tower as two layers, and what the arms' tower makes of every arm: `arms` [width, arms], `bias`."""
+    """The request's tower, a `straight` path [columns, width] beside a hidden layer, `inner` [columns, hidden] and
+    `outer` [hidden, width], and what the arms' tower makes of every arm: `arms` [width, arms], `bias` [arms]."""
 
     kind: ClassVar[str] = "towers"
 
     columns: Columns
-    first: Numbers
-    first_bias: Numbers
-    second: Numbers
-    second_bias: Numbers
+    straight: Numbers
+    inner: Numbers
+    inner_bias: Numbers
+    outer: Numbers
+    place: Numbers
     arms: Numbers
     bias: Numbers
 
     @classmethod
     def trials(cls, study: Study) -> Iterator[tuple[float, Numbers]]:
         tried: list[list[tuple[Places, Numbers]]] = [[] for _ in STEPS]
-        for fitted, held in study.splits:
-            asked = Asked(study.asked.vectors[held], study.asked.form[held], study.asked.near.part(held))
-            for n, towers in enumerate(_trained(study, fitted, STEPS)):
-                tried[n].append((held, towers.raw(asked)))
+        for fold in study.folds:
+            for parts, towers in zip(tried, _trained(study, fold.fitted, STEPS), strict=True):
+                parts.append((fold.tried, towers.raw(fold.asked)))
         for steps, parts in zip(STEPS, tried, strict=True):
             yield float(steps), fill(len(study.table), parts)
 
@@ -59,26 +67,24 @@ class Towers:
         return next(_trained(study, np.arange(len(study.table)), (int(setting),)))
 
     def raw(self, asked: Asked) -> Numbers:
-        hidden = np.maximum(_scaled(self.columns(asked)) @ self.first + self.first_bias, 0.0)
-        place = hidden @ self.second + self.second_bias
-        return 1 / (1 + np.exp(-np.clip(place @ self.arms + self.bias, -30, 30)))
+        x = self.columns(asked)
+        point = x @ self.straight + np.maximum(x @ self.inner + self.inner_bias, 0.0) @ self.outer + self.place
+        return 1 / (1 + np.exp(-np.clip(point @ self.arms + self.bias, -30, 30)))
 
     @property
     def reach(self) -> int:
         return AROUND
 
     def tensors(self) -> Tensors:
-        return {
-            "middle": self.columns.middle, "spread": self.columns.spread,
-            "first": self.first, "first_bias": self.first_bias,
-            "second": self.second, "second_bias": self.second_bias,
-            "arms": self.arms, "bias": self.bias,
-        }  # fmt: skip
+        columns = {"middle": self.columns.middle, "spread": self.columns.spread}
+        return {**columns, **{name: getattr(self, name) for name in _LAYERS}}
 
     @classmethod
     def load(cls, tensors: Mapping[str, npt.NDArray[Any]], memory: Memory) -> Towers:
-        layers = ("first", "first_bias", "second", "second_bias", "arms", "bias")
-        return cls(Columns(tensors["middle"], tensors["spread"]), *(tensors[name] for name in layers))
+        return cls(Columns(tensors["middle"], tensors["spread"]), *(tensors[name] for name in _LAYERS))
+
+
+_LAYERS = ("straight", "inner", "inner_bias", "outer", "place", "arms", "bias")
 
 
 def describe(arms: Sequence[str], score: Numbers, cost: Numbers) -> Numbers:
@@ -107,19 +113,38 @@ def _strategy(name: str) -> str:
         return ""
 
 
-def _scaled(x: Numbers) -> Numbers:
-    """Columns of a unit vector are small; a network learns faster from ones of about one."""
-    return x * math.sqrt(x.shape[1])
+@dataclass(frozen=True, eq=False, slots=True)
+class _Scale:
+    """Columns as a network learns them fastest: about zero on average, and varying by about one."""
+
+    middle: Numbers
+    by: float
+
+    @classmethod
+    def of(cls, x: Numbers) -> _Scale:
+        """Measured on the columns [n, columns] of the rows that are fitted."""
+        return cls(x.mean(axis=0), 1 / max(float(np.sqrt(x.var(axis=0).mean())), 1e-6))
+
+    def __call__(self, x: Numbers) -> Numbers:
+        """[n, columns]."""
+        return (x - self.middle) * self.by
+
+    def folded(self, weight: Numbers) -> tuple[Numbers, Numbers]:
+        """(weight, bias) that make of the columns as they are what `weight` makes of the scaled ones."""
+        scaled = weight * self.by
+        return scaled, -(self.middle @ scaled)
 
 
-def _trained(study: Study, rows: Places, steps: Sequence[int]) -> Iterator[Towers]:
-    """The towers after each of so many steps (they rise) of AdamW on the given rows."""
+def _trained(study: Study, rows: Places, settings: Sequence[int]) -> Iterator[Towers]:
+    """The towers after the steps of each setting (they rise), of AdamW on the given rows."""
     import torch
     from torch.nn.functional import binary_cross_entropy_with_logits, dropout, relu
+    from torch.optim.swa_utils import get_ema_multi_avg_fn
 
     columns = Columns.of(study.asked.form[rows])
-    every = Asked(study.asked.vectors[rows], study.asked.form[rows], study.asked.near.part(rows))
-    x = torch.tensor(_scaled(columns(every)), dtype=torch.float32)
+    seen = columns(study.asked.part(rows))
+    scale = _Scale.of(seen)
+    x = torch.tensor(scale(seen), dtype=torch.float32)
     score = torch.tensor(study.table.score[rows], dtype=torch.float32)
     measured, target = ~score.isnan(), score.nan_to_num()
     known = torch.tensor(
@@ -130,31 +155,41 @@ def _trained(study: Study, rows: Places, steps: Sequence[int]) -> Iterator[Tower
     def drawn(*shape: int) -> Any:
         return (torch.randn(shape, generator=dice) / math.sqrt(shape[0])).requires_grad_()
 
-    first, second, told = drawn(x.shape[1], _HIDDEN), drawn(_HIDDEN, _WIDTH), drawn(known.shape[1], _WIDTH)
-    first_bias, second_bias, own, bias = (
-        torch.zeros(shape, requires_grad=True) for shape in ((_HIDDEN,), (_WIDTH,), (len(known), _WIDTH), (len(known),))
-    )
-    with torch.no_grad():
-        mean = (target.sum(0) + 0.5) / (measured.sum(0) + 1)
-        bias += torch.logit(mean.clamp(0.02, 0.98))
-    weights = [first, second, told, own]
+    def zero(*shape: int) -> Any:
+        return torch.zeros(shape, requires_grad=True)
+
+    mean = ((target.sum(0) + 0.5) / (measured.sum(0) + 1)).clamp(0.02, 0.98)
+    straight, inner, outer = drawn(x.shape[1], _WIDTH), drawn(x.shape[1], _HIDDEN), drawn(_HIDDEN, _WIDTH)
+    told, own = zero(known.shape[1], _WIDTH), zero(len(known), _WIDTH)
+    inner_bias, place, bias = zero(_HIDDEN), zero(_WIDTH), torch.logit(mean).requires_grad_()
+    weights, biases = [straight, inner, outer, told, own], [inner_bias, place, bias]
     optimizer = torch.optim.AdamW(
-        [{"params": weights, "weight_decay": _DECAY}, {"params": [first_bias, second_bias, bias], "weight_decay": 0.0}],
-        lr=_RATE,
+        [{"params": weights, "weight_decay": _DECAY}, {"params": biases, "weight_decay": 0.0}], lr=_RATE
     )
-    rising = list(steps)
+    averaged = [part.detach().clone() for part in (*weights, *biases)]
+    average = get_ema_multi_avg_fn(_KEPT)  # type: ignore[no-untyped-call]
+    stops = [max(1, round(setting * math.sqrt(len(x) / _ROWS))) for setting in settings]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(study.seed)  # dropout draws from the one generator that there is
-        for step in range(1, max(rising) + 1):
+        for step in range(1, stops[-1] + 1):
             batch = torch.randint(len(x), (min(_BATCH, len(x)),), generator=dice)
-            hidden = dropout(relu(x[batch] @ first + first_bias), _DROPOUT)
-            logits = (hidden @ second + second_bias) @ ((known @ told + own) / math.sqrt(_WIDTH)).T + bias
+            hidden = dropout(relu(x[batch] @ inner + inner_bias), _DROPOUT)
+            point = x[batch] @ straight + hidden @ outer + place
+            logits = point @ (known @ told + own).T / math.sqrt(_WIDTH) + bias
             asked = measured[batch]
             loss = binary_cross_entropy_with_logits(logits[asked], target[batch][asked])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            if step in rising:
-                arms = ((known @ told + own) / math.sqrt(_WIDTH)).T
-                learned = (first, first_bias, second, second_bias, arms, bias)
-                yield Towers(columns, *(part.detach().numpy().astype(np.float64) for part in learned))
+            average(averaged, [part.detach() for part in (*weights, *biases)], step)
+            for _ in range(stops.count(step)):
+                yield _served(columns, scale, known.numpy(), [part.numpy().astype(np.float64) for part in averaged])
+
+
+def _served(columns: Columns, scale: _Scale, known: Numbers, parts: Sequence[Numbers]) -> Towers:
+    """The towers as numpy computes them, the scaling of the columns folded into the weights."""
+    straight, inner, outer, told, own, inner_bias, place, bias = parts
+    straight, straight_bias = scale.folded(straight)
+    inner, moved = scale.folded(inner)
+    arms = (known @ told + own).T / math.sqrt(_WIDTH)
+    return Towers(columns, straight, inner, inner_bias + moved, outer, place + straight_bias, arms, bias)

@@ -11,6 +11,7 @@ from hybrid import reach
 from hybrid.boot import Progress, open_gateway, wait_ready
 from hybrid.evaluation.asking import Asker, GatewayAsker, Offer, Remembered, ServerAsker, shown_settings
 from hybrid.knowledge.lending import lending
+from hybrid.lifecycle.rating import Raters
 from hybrid.models import ModelFiles
 from hybrid.settings import Settings
 
@@ -47,7 +48,8 @@ async def open_asker(
             return
         told("starting an engine for this run (`hybrid serve` keeps one running)", 0, 1)
         patient = settings.gate.model_copy(update={"deadline_ms": _GATE_DEADLINE_MS})
-        async with open_gateway(settings.model_copy(update={"gate": patient}), told) as gateway:
+        served = settings.model_copy(update={"gate": patient})
+        async with open_gateway(served, told, Raters(settings)) as gateway:
             await wait_ready(gateway, settings.engine.start_timeout_s, told)
             if embeds:
                 await gateway.embed(["."])  # loaded now, so that no answer's latency holds its start

@@ -24,18 +24,22 @@ from hybrid.lifecycle.reuse import made
 from hybrid.models import ModelFiles
 from hybrid.rooms import check_name
 from hybrid.settings import Settings
+from hybrid.training.batches import FEWEST
 from hybrid.training.data import Dataset, read_dataset
+from hybrid.training.loop import DEV_GLANCE, GLANCE_TOKENS, plan
 from hybrid.training.mixture import assemble
 from hybrid.training.recipes import RECIPE_FILE, Recipe, load_recipe
+from hybrid.training.supervised import FINAL_TOKENS
 
 #: (step, done, total)
 Told = Callable[[str, int, int], None]
 
-#: what two cores do in a second, prompt and answer together, and how much faster a dev measurement is
-TRAIN_TOKENS_PER_S, DEV_SPEED = 1000.0, 3.0
+#: what two cores train in a second, prompt and answer together: rows that begin alike, and long ones that do not, such
+#: as those with passages; and how much faster a measurement is
+TRAIN_TOKENS_PER_S, LONG_TOKENS_PER_S, DEV_SPEED = 1000.0, 600.0, 3.0
 #: opening the model, writing the version, checking it; and fitting a head
 _AROUND_S, _HEAD_S = 25.0, 60.0
-_FRAME_TOKENS, _SAMPLED, _DEV_ROWS = 31, 200, 200
+_FRAME_TOKENS, _SAMPLED = 31, 200
 #: the strategies that nothing has to be trained for
 _UNTRAINED = frozenset(["base", "prompt", "few_shot", "rag"])
 
@@ -131,15 +135,23 @@ def minutes(order: Order, count: Callable[[str], int], top_k: int) -> float:
     dice = random.Random(0)
     rows = dice.sample(data.train, min(_SAMPLED, len(data.train)))
     each = sum(count(row.question) + count(row.answer) + _FRAME_TOKENS for row in rows) / max(1, len(rows))
+    speed = TRAIN_TOKENS_PER_S
     if recipe.method == "raft":
         each += top_k * _passage_tokens(order.task, count, dice)
+        speed = LONG_TOKENS_PER_S
     each = min(each, recipe.max_length)
-    trained = len(data.train) * recipe.epochs
-    if recipe.max_steps:
-        trained = min(trained, recipe.max_steps * recipe.batch_size * recipe.accumulate)
-    looks = recipe.max_steps // recipe.eval_every if recipe.eval_every else 2 * recipe.epochs
-    looked_at = (looks + 1) * min(_DEV_ROWS, len(data.dev)) / DEV_SPEED
-    return ((trained + looked_at) * each / TRAIN_TOKENS_PER_S + _AROUND_S) / 60
+    steps, every = plan(len(data.train), recipe)
+    trained = min(steps * recipe.batch_size * recipe.accumulate, len(data.train) * recipe.epochs)
+    looked_at = steps // every * _looked_at(len(data.dev), each, GLANCE_TOKENS, DEV_GLANCE)
+    looked_at += _looked_at(len(data.dev), each, FINAL_TOKENS)
+    looked_at += _looked_at(len(data.train), each, GLANCE_TOKENS, DEV_GLANCE)
+    return ((trained * each + looked_at / DEV_SPEED) / speed + _AROUND_S) / 60
+
+
+def _looked_at(rows: int, each: float, tokens: int, most: int | None = None) -> float:
+    """Tokens of a measurement of so many rows of `each` tokens, bounded as the trainer bounds it."""
+    seen = min(rows, most or rows)
+    return min(seen * each, max(tokens, min(seen, FEWEST) * each))
 
 
 def _passage_tokens(task: Task, count: Callable[[str], int], dice: random.Random) -> float:

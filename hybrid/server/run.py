@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from hybrid.boot import Progress, open_gateway
 from hybrid.errors import HomeInUse, SetupError
 from hybrid.gateway import Gateway
+from hybrid.lifecycle.rating import Raters
 from hybrid.rooms import Home, write_json
 from hybrid.server.app import beside, create_app, loopback
 from hybrid.server.house import Traffic
@@ -70,7 +71,7 @@ async def _serve(
     token = secrets.token_urlsafe(32)
     stop = Stop(settings.server.drain_s)
     with _announced(settings.rooms, url, token), stop.listening(), contextlib.suppress(_Stopped):
-        async with stop.starting(), open_gateway(settings, progress) as gateway:
+        async with stop.starting(), open_gateway(settings, progress, Raters(settings)) as gateway:
             app = create_app(gateway, settings, token=token)
             if face is not None:
                 face(app, url)

@@ -53,11 +53,23 @@ def consistency(drafts: Sequence[Draft]) -> Chosen:
     return Chosen(best[0], f"{len(best)} of {len(drafts)} end with it")
 
 
-def likeliest(drafts: Sequence[Draft]) -> Chosen:
-    """The draft with the highest mean log-probability of its tokens under the model that wrote it."""
+def likeliest(drafts: Sequence[Draft], without: str = "the panel names no reward model") -> Chosen:
+    """The draft with the highest mean log-probability of its tokens under the model that wrote it.
+
+    `without` says why no reward model chose.
+    """
     rated = [float("-inf") if draft.logprob is None else draft.logprob for draft in drafts]
     best = max(range(len(drafts)), key=rated.__getitem__)
-    return Chosen(best, f"its tokens have the highest mean log-probability, {rated[best]:.3f}")
+    return Chosen(best, f"its tokens have the highest mean log-probability, {rated[best]:.3f}: {without}")
+
+
+def rated_best(drafts: Sequence[Draft], scores: Sequence[float], by: str) -> Chosen:
+    """The draft that a reward model, `by`, scores best (best-of-n, Stiennon et al. 2020, arXiv 2009.01325).
+
+    A draft that says nothing is taken only where none says anything.
+    """
+    best = max(range(len(drafts)), key=lambda place: (bool(drafts[place].text.strip()), scores[place]))
+    return Chosen(best, f"{by} rates it best of {len(drafts)}, {scores[best]:.3f}")
 
 
 def agreed(drafts: Sequence[Draft]) -> Chosen | None:

@@ -9,19 +9,20 @@ from typing import Any
 
 from hybrid.adapters.heads import Verdict
 from hybrid.engine import Engine
-from hybrid.errors import BadRequest, ModelNotFound
+from hybrid.errors import BadRequest, ModelNotFound, NotReady
 from hybrid.knowledge.examples import Shelf
 from hybrid.knowledge.search import Library
 from hybrid.prompts import within_budget
 from hybrid.settings import Settings
 from hybrid.strategies import STRATEGIES
-from hybrid.strategies.panel import Panel
+from hybrid.strategies.panel import Panel, Rater
 from hybrid.types import Arm, Event, Finished, Message, Passage, Request, Rights, Token, Usage
 
 
 class Bound:
     """`Tools` for one request. `adapters` maps the names a strategy may say to the engine's immutable names; `head`
-    reads with the chosen head; `member` makes the tools of another arm that is asked the request it is given."""
+    reads with the chosen head, `rater` with the reward model of the panel; `member` makes the tools of another arm that
+    is asked the request it is given."""
 
     def __init__(
         self,
@@ -38,6 +39,7 @@ class Bound:
         member: Callable[[Request, Arm], Bound],
         head: Callable[[str], Verdict] | None = None,
         panel: Panel | None = None,
+        rater: Rater | None = None,
     ) -> None:
         self.instruction = instruction
         self.usage = Usage()
@@ -52,6 +54,7 @@ class Bound:
         self._member = member
         self._head = head
         self._panel = panel
+        self._rater = rater
         self._asked = 0
         self._open: list[AsyncIterator[Any]] = []
 
@@ -174,6 +177,12 @@ class Bound:
         verdict = await asyncio.to_thread(self._head, text)
         self.usage += Usage(self._count_tokens(text), self._count_tokens(verdict.label))
         return verdict.ranked
+
+    async def rate(self, answers: Sequence[str]) -> Sequence[float]:
+        reward = self.panel.reward
+        if reward is None or self._rater is None:
+            raise NotReady("no reward model can be asked from here")
+        return await asyncio.to_thread(self._rater, reward.ref.path, self._request.messages, answers)
 
     def count(self, text: str) -> int:
         return self._count_tokens(text)

@@ -11,8 +11,9 @@ import dataclasses
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
+from hybrid.errors import HybridError
 from hybrid.prompts import critic_messages, last_user, packed, replace_last_user, with_critique, with_drafts
-from hybrid.strategies.aggregate import CHOOSERS, Chosen
+from hybrid.strategies.aggregate import CHOOSERS, Chosen, likeliest, rated_best
 from hybrid.strategies.panel import Draft, Panel, Seat
 from hybrid.strategies.round import drafted
 from hybrid.strategies.said import said
@@ -37,13 +38,25 @@ async def run(request: Request, arm: Arm, tools: Tools) -> AsyncIterator[Event]:
         if drafts:
             messages = _with_drafts(request, panel, tools, drafts)
         drafts, dropped = await drafted(tools, panel, messages, sampling, layer)
-        chosen = CHOOSERS[panel.method](drafts) if layer == panel.layers else None
+        chosen = await _chosen(panel, tools, drafts) if layer == panel.layers else None
         for place, one in enumerate(drafts):
             yield _told(one, panel, chosen.why if chosen and chosen.place == place else "")
         for lost in dropped:
             yield lost
     async for event in _closing(request, panel, tools, drafts, chosen):
         yield event
+
+
+async def _chosen(panel: Panel, tools: Tools, drafts: Sequence[Draft]) -> Chosen | None:
+    """The draft that answers; None asks for a synthesis. A reward model that cannot rate is told of, not waited for:
+    the drafts and their log-probabilities are there."""
+    if panel.method != "best_of" or panel.reward is None:
+        return CHOOSERS[panel.method](drafts)
+    try:
+        scores = await tools.rate([one.text for one in drafts])
+    except HybridError as error:
+        return likeliest(drafts, f"{panel.reward.id} did not rate them: {error.message}")
+    return rated_best(drafts, scores, panel.reward.id)
 
 
 async def _closing(

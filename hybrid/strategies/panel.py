@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from hybrid.adapters.listing import AdapterVersion
 from hybrid.settings import Method
-from hybrid.types import Arm, Passage, Usage
+from hybrid.types import Arm, Message, Passage, Usage
+
+#: (the folder of a reward model, the conversation, answers to it) → how good each answer is; blocking
+Rater = Callable[[Path, Sequence[Message], Sequence[str]], Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +28,8 @@ class Seat:
 class Panel:
     """`max_tokens` bounds each call; after `deadline_s` seconds a layer goes on with `quorum` drafts.
 
-    `routed` says that the gate chose the members, not a person.
+    `routed` says that the gate chose the members, not a person; `reward` is the version that rates the drafts of
+    `best_of`.
     """
 
     seats: tuple[Seat, ...]
@@ -33,6 +40,7 @@ class Panel:
     deadline_s: float
     max_tokens: int
     routed: bool
+    reward: AdapterVersion | None = None
 
     @property
     def arms(self) -> tuple[Arm, ...]:

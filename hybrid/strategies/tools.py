@@ -45,6 +45,13 @@ class Tools(Protocol):
         """What the chosen head says of `text`: (label, probability 0 to 1), the likeliest first."""
         ...
 
+    async def rate(self, answers: Sequence[str]) -> Sequence[float]:
+        """How good each answer to the request is to the panel's reward model; numbers that compare with one another.
+
+        Raises what keeps it from rating, in words.
+        """
+        ...
+
     def fit(self, passages: Sequence[Passage]) -> tuple[Passage, ...]:
         """As many of the passages, best first, as the prompt's budget holds."""
         ...
