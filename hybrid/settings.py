@@ -77,6 +77,9 @@ class RetrievalSettings(_Section):
     """How corpora are cut and searched."""
 
     top_k: int = Field(3, ge=1, le=50)
+    refusal: str = Field(
+        "This is not in the documents.", description="the answer where nothing found is likely to hold one; empty: none"
+    )
     chunk_tokens: int = Field(200, ge=16, description="a longer section is cut; the embedder's tokens")
     overlap_tokens: int = Field(0, ge=0, description="tokens that neighbouring pieces of a section share")
     passage_budget_tokens: int = Field(1100, description="tokens of passages in one prompt at most")

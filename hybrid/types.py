@@ -296,9 +296,16 @@ class Decided:
 
 @dataclass(frozen=True, slots=True)
 class Retrieved:
-    """Passages were found; they are what the answer may cite."""
+    """Passages were found; they are what the answer may cite.
+
+    `answerable` is the probability that they hold an answer, 0 to 1, where the corpus's own questions taught to tell;
+    `refused` says that they were found too weak, and the answer is just that; `query` is what was searched for.
+    """
 
     passages: tuple[Passage, ...]
+    answerable: float | None = None
+    refused: bool = False
+    query: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,6 +365,7 @@ class Answer:
     usage: Usage = Usage()
     finish_reason: str | None = None
     error: Exception | None = None
+    refused: bool = False  # the passages found were too weak to answer from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -390,12 +398,13 @@ def fold(events: list[Event]) -> Answer:
     usage = Usage()
     finish: str | None = None
     error: Exception | None = None
+    refused = False
     for event in events:
         match event:
             case Decided():
                 decision = event.decision
             case Retrieved():
-                passages = event.passages
+                passages, refused = event.passages, event.refused
             case Drafted():
                 drafts.append(event)
             case Token():
@@ -406,4 +415,4 @@ def fold(events: list[Event]) -> Answer:
                 usage = event.usage
             case Failed():
                 error = event.error
-    return Answer("".join(text), decision, passages, tuple(drafts), usage, finish, error)
+    return Answer("".join(text), decision, passages, tuple(drafts), usage, finish, error, refused)

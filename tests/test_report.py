@@ -31,12 +31,12 @@ from typer.testing import CliRunner
 from hybrid.cli import app
 from hybrid.evaluation import folder, report, statistics
 from hybrid.evaluation.costs import pareto
-from hybrid.evaluation.grounded import support
 from hybrid.evaluation.judge import Judge, cases_of, judged
 from hybrid.evaluation.measured import Measured
 from hybrid.evaluation.metrics import Example
 from hybrid.evaluation.retrieval import ndcg, retrieval
 from hybrid.evaluation.words import markdown, summary
+from hybrid.knowledge.support import support
 from hybrid.types import JSON, Outcome
 
 SECRET = "zanzibarine"  # stands in every text of the data, and nowhere else
@@ -204,11 +204,11 @@ def test_ndcg_counts_gold_passages_that_were_not_shown() -> None:
 
 def test_support_by_the_passages() -> None:
     shown = ["The Wild Card\nSydney Carter wrote it in 1,971 in London."]
-    assert support("Sydney Carter", "Who wrote it?", shown) == {"words": 1.0, "names": 1.0}
-    found = support("It was Sydney Carter of Paris, in 1971 and 1999.", "Who wrote it?", shown)
-    assert found == {"words": 0.6667, "numbers": 0.5, "names": 0.5}
-    assert support("Who wrote it?", "Who wrote it?", shown) == {}
-    assert support("anything", "q", []) == {}
+    assert support("Sydney Carter", "Who wrote it?", shown).shares == {"claims": 1.0, "words": 1.0, "names": 1.0}
+    found = support("It was Sydney Carter of Paris, in 1971 and 1999.", "Who wrote it?", shown).shares
+    assert found == {"claims": 0.0, "words": 0.6667, "numbers": 0.5, "names": 0.5}
+    assert support("Who wrote it?", "Who wrote it?", shown).shares == {}
+    assert support("anything", "q", []).shares == {}
 
 
 # --- the page ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hybrid.bench import embed, gate, hotload, ingest, retrieval, routing, startup, survive, train
+from hybrid.bench import answerable, embed, gate, hotload, ingest, retrieval, routing, startup, survive, train
 from hybrid.bench import eval as evaluator
 from hybrid.bench.result import Result
 
@@ -32,6 +32,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "eval": Benchmark("How much of the engine's own speed the evaluator uses, on the same prompts.", evaluator.measure),
     "startup": Benchmark("How long a start takes, from the command to the first token.", startup.measure),
     "retrieval": Benchmark("How well each stage of a search finds what answers, and how fast.", retrieval.measure),
+    "answerable": Benchmark("How often `rag` says that an answer is missing, rightly and wrongly.", answerable.measure),
     "survive": Benchmark("Whether a training that is killed ends where one left alone ends.", survive.measure),
     "train": Benchmark("How fast our trainer learns beside TRL's and a plain loop, and how well.", train.measure),
 }

@@ -26,7 +26,8 @@ from hybrid.evaluation.statistics import estimate, paired
 from hybrid.evaluation.tasks import Task, read_split
 from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.search import Library
-from hybrid.lifecycle.tune_search import dev_examples, gold, learn, question
+from hybrid.lifecycle.lessons import gold, question
+from hybrid.lifecycle.tune_search import dev_examples, learn
 from hybrid.models import ModelFiles
 from hybrid.rooms import Home
 from hybrid.settings import RetrievalSettings, Settings

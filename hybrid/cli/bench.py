@@ -118,6 +118,21 @@ def retrieval(
         _show(run, json_)
 
 
+@app.command("answerable", help=BENCHMARKS["answerable"].description)
+def answerable(
+    task: Annotated[Path, typer.Option(metavar="DIR", help="a task folder with a corpus.jsonl and questions of it")],
+    limit: Annotated[int | None, typer.Option(min=1, help="test questions that are asked (default: all)")] = None,
+    json_: Json = False,
+) -> None:
+    """Needs no server. What tells is learned from dev questions, never from those measured."""
+    settings = Settings.load()
+    offline_environment()
+    with bar() as progress:
+        model = materialise(settings.embedder, settings.cache, progress)
+        run = BENCHMARKS["answerable"].measure(settings, task, embedding=model, limit=limit, progress=progress)
+        _show(run, json_)
+
+
 @app.command("hotload", help=BENCHMARKS["hotload"].description)
 def hotload(
     adapter: Annotated[

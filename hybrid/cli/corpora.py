@@ -30,9 +30,10 @@ def _attachments() -> Attachments:
 
 def _told(corpora: Corpora, row: JSON) -> JSON:
     info = corpora.info(row)
-    counts = {"documents": info.documents, "passages": info.passages, "bytes": info.bytes} if info else {}
+    counts = {key: getattr(info, key) for key in ("documents", "passages", "bytes", "stage")} if info else {}
     facts = {key: row[key] for key in ("name", "id", "owner", "groups", "created")}
-    return {**facts, "documents": 0, "passages": 0, "bytes": 0, **counts}
+    nothing = {"documents": 0, "passages": 0, "bytes": 0, "stage": "meaning"}
+    return {**facts, **nothing, **counts, "engine": corpora.library.engine}
 
 
 @app.command("list")
@@ -45,7 +46,9 @@ def list_(json_: Json = False) -> None:
         return
     for row in rows:
         seen = ", ".join(row["groups"] + [row["owner"]] * bool(row["owner"])) or "all"
-        text(f"{row['name']}  {row['documents']} documents, {row['passages']} passages, seen by {seen}")
+        held = f"{row['documents']} documents, {row['passages']} passages, vectors in {row['engine']}"
+        late = "; searched by words while its vectors are made" if row["stage"] == "words" else ""
+        text(f"{row['name']}  {held}, seen by {seen}{late}")
 
 
 @app.command("show")
@@ -129,7 +132,8 @@ def tune(
         learned = learn(library, name, folder, examples, progress)
     library.tune(name, learned)
     if json_:
-        data({"weight": learned.weight, "rerank": learned.reranker is not None, **learned.facts})
+        kept = {"rerank": learned.reranker is not None, "refuse": learned.answerable is not None}
+        data({"weight": learned.weight, **kept, **learned.facts})
         return
     facts = learned.facts
     closer = "a closer look helps and is taken" if learned.reranker else "a closer look does not help and is left out"
@@ -138,6 +142,14 @@ def tune(
         f"{facts['questions']} dev questions: {facts['ndcg@10']} before, {facts['fused']} fused, "
         f"{facts['reranked']} after the closer look (on questions it did not learn from)."
     )
+    told = facts["refusals"]
+    if learned.answerable is None:
+        say("What these questions find does not tell when the answer is missing: none is refused.")
+    else:
+        say(
+            f"Where nothing found is likely to answer, `rag` says so: to {told['refused']:.0%} of these questions with "
+            f"their passages taken away, and wrongly to {told['false_refusals']:.0%} of them as they are (likewise)."
+        )
 
 
 @app.command("backup")

@@ -204,7 +204,7 @@ class GatewayAsker:
             adapter=answer.decision.adapter if answer.decision else None,
             confidence=answer.decision.confidence if answer.decision else None,
             passages=tuple(p.id for p in answer.passages),
-            shown=tuple(f"{p.title}\n{p.text}" for p in answer.passages),
+            shown=() if answer.refused else tuple(f"{p.title}\n{p.text}" for p in answer.passages),
             latency_ms=_since(began),
         )
 
@@ -243,7 +243,7 @@ class ServerAsker:
             adapter=why.get("adapter"),
             confidence=why.get("confidence"),
             passages=tuple(p["filename"] for p in why.get("passages", ())),
-            shown=tuple(f"{p['title']}\n{p['quote']}" for p in why.get("passages", ())),
+            shown=() if why.get("refused") else tuple(f"{p['title']}\n{p['quote']}" for p in why.get("passages", ())),
             latency_ms=_since(began),
         )
 

@@ -32,7 +32,7 @@ NOTES = {
     "regret": "oracle - auto",
     "recovered": "(auto - best_single) / (oracle - best_single)",
     "grounded": "lexical: the share of an answer's content words, numbers and names, those of the question aside, "
-    "that the passages shown hold",
+    "that the passages shown hold, and of its sentences that one of them holds",
     "calibration": "the gate is right where the arm it took scored as well as the best arm on that example",
 }
 

@@ -19,10 +19,10 @@ from typing import IO, Any
 
 from hybrid.errors import HybridError
 from hybrid.evaluation.asking import Asker, Heard, Offer
-from hybrid.evaluation.grounded import support
 from hybrid.evaluation.measured import AUTO
 from hybrid.evaluation.metrics import METRICS, Example, Metric
 from hybrid.evaluation.tasks import Learnable, Task, learnable
+from hybrid.knowledge.support import support
 from hybrid.types import Outcome
 
 INFLIGHT = 32
@@ -259,5 +259,5 @@ def _outcome(job: Job, heard: Heard) -> Outcome:
         error=heard.error,
         chosen=heard.chosen or None,
         confidence=heard.confidence if job.arm == AUTO else None,
-        grounded=support(heard.text, job.example.input, heard.shown),
+        grounded=support(heard.text, job.example.input, heard.shown).shares,
     )

@@ -17,6 +17,7 @@ import numpy as np
 
 from hybrid.errors import SetupError
 from hybrid.knowledge.lexical import tokens
+from hybrid.knowledge.logistic import Logistic
 from hybrid.knowledge.ranking import Floats, Hit
 
 #: the columns of `features`, in order; a model that was learned from others is not used
@@ -27,18 +28,8 @@ COLUMNS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Reranker:
-    """Logistic regression over standardised columns: `mean`, `scale`, `weights` [12] and `bias`."""
-
-    mean: tuple[float, ...]
-    scale: tuple[float, ...]
-    weights: tuple[float, ...]
-    bias: float
-
-    def scores(self, rows: Floats) -> Floats:
-        """The probability [n] that each of the passages [n, 12] answers."""
-        standard = (rows - np.array(self.mean)) / np.array(self.scale)
-        return 1 / (1 + np.exp(-np.clip(standard @ np.array(self.weights) + self.bias, -50, 50)))  # type: ignore[no-any-return]
+class Reranker(Logistic):
+    """Logistic regression over the columns of `features` [n, 12]: the probability that a passage answers."""
 
 
 def features(question: str, rarity: Mapping[str, float], hits: Sequence[Hit]) -> Floats:

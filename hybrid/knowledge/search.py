@@ -20,6 +20,7 @@ import numpy as np
 from hybrid.errors import BadRequest, Conflict, HybridError, NotFound, Refused
 from hybrid.knowledge import backup
 from hybrid.knowledge.alike import groups
+from hybrid.knowledge.answerable import Found
 from hybrid.knowledge.corpus import Asked, Candidates, Corpus, CorpusInfo, corpus_lock
 from hybrid.knowledge.embed import Embedder, Vectors
 from hybrid.knowledge.faults import spoken
@@ -93,17 +94,18 @@ class Library:
         A text that came with several ids is one of the `k`. It is returned under its first id, as a prompt needs
         it; with `every_id` under each of them in turn, with the same score. Raises NotFound, Refused, BadRequest.
         """
-        if k < 1:
-            raise BadRequest("`k` is at least 1.", param="k")
-        names = [name for name in self.names() if rights.sees(name)] if corpus is None else [corpus]
-        if not names:
-            raise NotFound("There is no corpus yet; `hybrid index DIR --name NAME` makes one.", param="corpus")
-        corpora = [self._corpus(name, rights) for name in names]
-        asked = self._asked(query)
-        wanted = max(k, POOL) if asked.text or self._settings.mmr else k
-        found = [corpus.candidates(asked, wanted, rights, matches) for corpus in corpora]
-        hits = self._ranked(asked, corpora, found, k)
+        hits = self._ranked(*self._found(corpus, query, k, rights, matches), k)
         return tuple(passage for hit in hits for passage in hit.named()[: None if every_id else 1])
+
+    def look_up(self, corpus: str | None, query: Query, k: int, *, rights: Rights = OWNER) -> Found:
+        """As `search`; and how likely what was found holds an answer, where one corpus is searched by meaning and
+        words and its own questions taught to tell. Raises NotFound, Refused, BadRequest.
+        """
+        asked, corpora, found = self._found(corpus, query, k, rights, None)
+        passages = tuple(hit.named()[0] for hit in self._ranked(asked, corpora, found, k))
+        if len(corpora) > 1 or not asked.text or not asked.dense:
+            return Found(passages)
+        return corpora[0].tuned().judged(passages, asked.text, found[0].rarity, found[0].hits)
 
     def around(self, passages: Sequence[Passage]) -> tuple[Passage, ...]:
         """The passages, then as many pieces before and after each in its document as the setting `neighbours` says.
@@ -129,6 +131,20 @@ class Library:
     def candidates(self, name: str, query: str) -> Candidates:
         """What is ranked in a search of one corpus, in no order. Raises NotFound."""
         return self._corpus(name).candidates(Asked(self._vector(query), query), POOL, OWNER)
+
+    def _found(
+        self, corpus: str | None, query: Query, k: int, rights: Rights, matches: Matches | None
+    ) -> tuple[Asked, list[Corpus], list[Candidates]]:
+        """The question, the corpora that are asked, and what each has."""
+        if k < 1:
+            raise BadRequest("`k` is at least 1.", param="k")
+        names = [name for name in self.names() if rights.sees(name)] if corpus is None else [corpus]
+        if not names:
+            raise NotFound("There is no corpus yet; `hybrid index DIR --name NAME` makes one.", param="corpus")
+        corpora = [self._corpus(name, rights) for name in names]
+        asked = self._asked(query)
+        wanted = max(k, POOL) if asked.text or self._settings.mmr else k
+        return asked, corpora, [one.candidates(asked, wanted, rights, matches) for one in corpora]
 
     def _asked(self, query: Query) -> Asked:
         text = query if isinstance(query, str) else query.text if isinstance(query, Question) else ""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hybrid.knowledge.ranking import WEIGHT
+from hybrid.knowledge.answerable import SIGNALS, Answerable, Found
+from hybrid.knowledge.ranking import WEIGHT, Hit, fused
 from hybrid.knowledge.rerank import COLUMNS, Reranker
 from hybrid.rooms import write_json
-from hybrid.types import JSON
+from hybrid.types import JSON, Passage
 
 log = logging.getLogger("hybrid.knowledge")
 
@@ -21,15 +23,26 @@ FILE = "tuned.json"
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """`weight` in 0..1 is what the cosine counts beside the words; `facts` say from what it was learned."""
+    """`weight` in 0..1 is what the cosine counts beside the words; `answerable` tells when nothing that was found
+    answers; `facts` say from what it was learned."""
 
     weight: float = WEIGHT
     reranker: Reranker | None = None
     facts: JSON = field(default_factory=dict)
+    answerable: Answerable | None = None
+
+    def judged(
+        self, passages: tuple[Passage, ...], question: str, rarity: Mapping[str, float], hits: Sequence[Hit]
+    ) -> Found:
+        """The passages that a search shows, and how likely its candidates hold an answer, where that was learned."""
+        if self.answerable is None:
+            return Found(passages)
+        together = fused(hits, [self.weight] * len(hits), "convex")
+        return Found(passages, self.answerable.chance(question, rarity, together), self.answerable.least)
 
     def save(self, folder: Path) -> None:
         """Writes it beside the corpus, in one step."""
-        value: JSON = {"columns": list(COLUMNS), **asdict(self)}
+        value: JSON = {"columns": list(COLUMNS), "signals": list(SIGNALS), **asdict(self)}
         write_json(folder / FILE, {"sha256": _sum(value), "tuned": value})
 
     @classmethod
@@ -41,18 +54,16 @@ class Tuned:
             value = read["tuned"]
             if read["sha256"] != _sum(value) or value["columns"] != list(COLUMNS):
                 raise ValueError("its sum or its columns differ")
-            kept = value["reranker"]
-            return cls(float(value["weight"]), None if kept is None else _reranker(kept), value["facts"])
+            kept, told = value["reranker"], value.get("answerable")
+            reranker = None if kept is None else Reranker.read(kept)
+            # an older file knows nothing of when to refuse, or learned it from other signals
+            answerable = Answerable.read(told) if told and value["signals"] == list(SIGNALS) else None
+            return cls(float(value["weight"]), reranker, value["facts"], answerable)
         except FileNotFoundError:
             return cls()
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s cannot be used (%s); run `hybrid corpora tune` again.", path, error)
             return cls()
-
-
-def _reranker(value: JSON) -> Reranker:
-    columns = {key: tuple(map(float, value[key])) for key in ("mean", "scale", "weights")}
-    return Reranker(columns["mean"], columns["scale"], columns["weights"], float(value["bias"]))
 
 
 def _sum(value: Any) -> str:

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from hybrid.errors import EngineError
+from hybrid.knowledge.support import support
 from hybrid.server import errors
 from hybrid.server.asking import Asked
 from hybrid.server.metrics import Metrics
@@ -30,7 +31,8 @@ class Reply:
         self._metrics = metrics
         self._asked_at = time.perf_counter()  # when the engine's turn came
         self.decision: Decision | None = None
-        self.passages: tuple[Passage, ...] = ()
+        self.retrieved = Retrieved(())
+        self._said: list[str] = []
         self.drafts: list[Drafted] = []
         self.usage: Usage | None = None
         self.first_at = self._asked_at
@@ -67,13 +69,14 @@ class Reply:
         async for event in self._events:
             match event:
                 case Token():
+                    self._said += [event.text] * (event.index == 0)
                     return event
                 case Decided():
                     self.decision = event.decision
                     self._asked_at = time.perf_counter()
                     self._metrics.decided(event.decision)
                 case Retrieved():
-                    self.passages = event.passages
+                    self.retrieved = event
                     if not self.drafts:  # between drafts and this the engine worked, the search was theirs
                         before, self._asked_at = self._asked_at, time.perf_counter()
                         self._metrics.retrieval.observe(self._asked_at - before)
@@ -85,13 +88,25 @@ class Reply:
                     raise event.error
         return None
 
+    @property
+    def passages(self) -> tuple[Passage, ...]:
+        """What the answer may cite; nothing where it says that what was found does not answer."""
+        return () if self.retrieved.refused else self.retrieved.passages
+
     def explained(self) -> JSON:
         """The object `hybrid` for those who ask why."""
-        decision = self.decision.wire() if self.decision else {}
+        decision, found = self.decision.wire() if self.decision else {}, self.retrieved
+        held = support("".join(self._said), found.query, [f"{p.title}\n{p.text}" for p in self.passages])
         return {
             **decision,
             "calls": self.usage.calls if self.usage else None,
-            "passages": [{**_citation(p), "score": round(p.score, 4)} for p in self.passages],
+            "passages": [
+                {**_citation(p), "score": round(p.score, 4), "supports": at in held.by, "cited": at in held.cited}
+                for at, p in enumerate(found.passages)
+            ],
+            "answerable": None if found.answerable is None else round(found.answerable, 4),
+            "refused": found.refused,
+            "support": held.wire() if self.passages else None,
             "drafts": [{"arm": d.arm, "text": d.text, "usage": d.usage.wire(), "note": d.note} for d in self.drafts],
         }
 

@@ -10,13 +10,20 @@ from typing import Any
 from hybrid.adapters.heads import Verdict
 from hybrid.engine import Engine
 from hybrid.errors import BadRequest, ModelNotFound, NotReady
+from hybrid.knowledge.answerable import Found
 from hybrid.knowledge.examples import Shelf
 from hybrid.knowledge.search import Library
 from hybrid.prompts import within_budget
 from hybrid.settings import Settings
 from hybrid.strategies import STRATEGIES
+from hybrid.strategies.moa import MARGIN
 from hybrid.strategies.panel import Panel, Rater
 from hybrid.types import Arm, Event, Finished, Message, Passage, Request, Rights, Token, Usage
+
+#: tokens kept for an answer whose length the request leaves open
+ANSWER = 256
+#: tokens of passages that are shown at least; a conversation that has no room for them is the engine's to refuse
+LEAST = 64
 
 
 class Bound:
@@ -75,6 +82,10 @@ class Bound:
     @property
     def top_k(self) -> int:
         return self._settings.retrieval.top_k
+
+    @property
+    def refusal(self) -> str:
+        return self._settings.retrieval.refusal
 
     @property
     def few_shot_k(self) -> int:
@@ -154,9 +165,10 @@ class Bound:
         finally:
             self.usage += usage
 
-    async def search(self, corpus: str | None, query: str, k: int) -> tuple[Passage, ...]:
-        def found() -> tuple[Passage, ...]:
-            return self._library.around(self._library.search(corpus, query, k, rights=self._request.rights))
+    async def search(self, corpus: str | None, query: str, k: int) -> Found:
+        def found() -> Found:
+            seen = self._library.look_up(corpus, query, k, rights=self._request.rights)
+            return dataclasses.replace(seen, passages=self._library.around(seen.passages))
 
         return await asyncio.to_thread(found)
 
@@ -188,7 +200,14 @@ class Bound:
         return self._count_tokens(text)
 
     def fit(self, passages: Sequence[Passage]) -> tuple[Passage, ...]:
-        return within_budget(passages, self.passage_budget, self._count_tokens)
+        return within_budget(passages, max(min(self.passage_budget, self._room()), LEAST), self._count_tokens)
+
+    def _room(self) -> int:
+        """Tokens that the context leaves beside the conversation and its answer."""
+        sampling = self._request.sampling
+        answer = sampling.get("max_completion_tokens") or sampling.get("max_tokens") or ANSWER
+        asked = [self.instruction, *(message.text for message in self._request.messages)]
+        return self.context - sum(map(self._count_tokens, asked)) - int(answer) - MARGIN
 
     async def aclose(self) -> None:
         """Ends what is still open, the strategy before its calls: a client that left must not keep the engine busy."""

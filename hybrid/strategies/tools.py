@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from hybrid.knowledge.answerable import Found
 from hybrid.strategies.panel import Panel
 from hybrid.types import Arm, Event, Message, Passage, Token
 
@@ -33,8 +34,9 @@ class Tools(Protocol):
         """
         ...
 
-    async def search(self, corpus: str | None, query: str, k: int) -> tuple[Passage, ...]:
-        """The `k` passages nearest to `query` that the caller may see. `corpus=None` searches all of them."""
+    async def search(self, corpus: str | None, query: str, k: int) -> Found:
+        """The `k` passages that are best for `query` and that the caller may see, with whether they are too weak to
+        answer from. `corpus=None` searches all of them."""
         ...
 
     async def examples(self, task: str | None, query: str, k: int) -> tuple[tuple[str, str], ...]:
@@ -53,7 +55,7 @@ class Tools(Protocol):
         ...
 
     def fit(self, passages: Sequence[Passage]) -> tuple[Passage, ...]:
-        """As many of the passages, best first, as the prompt's budget holds."""
+        """As many of the passages, best first, as the prompt has room for beside the conversation and its answer."""
         ...
 
     def count(self, text: str) -> int:
@@ -78,6 +80,11 @@ class Tools(Protocol):
     @property
     def top_k(self) -> int:
         """How many passages to ask for."""
+        ...
+
+    @property
+    def refusal(self) -> str:
+        """What is said where the passages are too weak to answer from; nothing where the model answers all the same."""
         ...
 
     @property
