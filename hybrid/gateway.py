@@ -1,7 +1,7 @@
 """The file to read first: request → gate → policy → strategy → engine, and back as one stream of events.
 
 Three consumers fold that stream: the server (SSE), the UI (panels), the evaluator (outcomes). A named model bypasses
-the gate. Adapter aliases are resolved once, here, at the start: an answer begun on `@2` ends on `@2`.
+the gate. What is settled before work starts is the plan (`plan.py`): an answer begun on `@2` ends on `@2`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import hmac
-import logging
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,58 +26,25 @@ from hybrid.adapters.kinds import HEAD, LORA
 from hybrid.adapters.listing import AdapterVersion
 from hybrid.adapters.mixes import Mixes
 from hybrid.adapters.store import AdapterStore
+from hybrid.cascade import cascade
 from hybrid.convene import Convener
 from hybrid.engine import Engine
 from hybrid.errors import BadRequest, HybridError, ModelNotFound, NotFound, NotReady
-from hybrid.gate.decide import Decider, new_id
+from hybrid.gate.decide import Decider
 from hybrid.gate.enrol import Enrolment
-from hybrid.gate.mixing import MIX, Mixer
+from hybrid.gate.mixing import Mixer
 from hybrid.gate.published import FEEDBACK, live_version
 from hybrid.journal import Journal
 from hybrid.keys import Keys
 from hybrid.knowledge.search import Library
 from hybrid.knowledge.shelves import Shelves
 from hybrid.names import Names
+from hybrid.plan import Plan, Planner
 from hybrid.settings import Settings
 from hybrid.state import State
-from hybrid.strategies.attempt import attempt, can_be_tried, sureness
 from hybrid.strategies.bound import Bound
-from hybrid.strategies.panel import Panel, Rater
-from hybrid.strategies.said import said
-from hybrid.types import (
-    JSON,
-    PROMPT,
-    Arm,
-    Decided,
-    Decision,
-    Drafted,
-    Event,
-    Failed,
-    Finished,
-    Request,
-    Retrieved,
-)
-
-log = logging.getLogger("hybrid.gateway")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Plan:
-    """What is settled before work starts: the decision, and every version that it or an arm it asks answers with."""
-
-    decision: Decision
-    versions: Mapping[str, AdapterVersion]
-    panel: Panel | None = None
-
-    def version(self, arm: Arm) -> AdapterVersion | None:
-        """The adapter or head that an arm of the plan answers with, if it is one alone."""
-        named = arm.args[0] if arm.strategy == "head" else arm.adapter
-        return self.versions.get(named) if named else None
-
-    @property
-    def by_gate(self) -> bool:
-        """Whether the gate chose who answers, and a person may not know what their adapters want to be told."""
-        return self.panel.routed if self.panel else self.decision.chosen_by == "gate"
+from hybrid.strategies.panel import Rater
+from hybrid.types import JSON, Arm, Decided, Decision, Event, Failed, Request
 
 
 class Gateway:
@@ -126,8 +92,8 @@ class Gateway:
             mixes=mixes,
             panels=settings.moa.panels,
         )
-        self._convener = Convener(settings.moa, self.names)
-        self._mixer = Mixer(decider, settings.gate)
+        convener, mixer = Convener(settings.moa, self.names), Mixer(decider, settings.gate)
+        self._planner = Planner(self.names, decider, convener, mixer)
         self.journal = Journal(state)
         self._heads = Heads(library.embedder)
         self.count_tokens = count_tokens
@@ -145,14 +111,13 @@ class Gateway:
         Raises before the first event what can be known before work starts (ModelNotFound, NotReady); a failure after
         it is the last event. Closing the iterator aborts every engine call made for the request.
         """
-        self._answering[request.caller] += 1
-        try:
-            async with contextlib.aclosing(self._answer(self._entitled(request))) as events:
-                async for event in events:
-                    yield event
-        finally:
-            self._answering[request.caller] -= 1
-            self._answering += collections.Counter()  # those who ask no more are forgotten
+        with self._counted(request.caller):
+            request = self._entitled(request)
+            plan = await self._planner.plan(request)
+            with self._using(plan.versions.values()):
+                async with contextlib.aclosing(self._events(request, plan)) as events:
+                    async for event in events:
+                        yield event
 
     @property
     def answering(self) -> int:
@@ -163,102 +128,23 @@ class Gateway:
         """Requests that are being answered, those of one caller aside."""
         return self._answering.total() - self._answering[caller]
 
-    async def _answer(self, request: Request) -> AsyncGenerator[Event]:
-        plan = await self._plan(request)
-        with self._using(plan.versions.values()):
-            if plan.decision.first:
-                async with contextlib.aclosing(self._cascade(request, plan, plan.decision.first)) as events:
-                    async for event in events:
-                        yield event
-                return
-            arm = plan.decision.arm
-            tools = self._bind(request, arm, plan)
-            self.journal.add(plan.decision, request.caller)
-            try:
-                yield Decided(plan.decision)
-                async with contextlib.aclosing(tools.play(arm)) as events:
-                    async for event in events:
-                        yield event
-            except HybridError as error:
-                yield Failed(error)
-
-    async def _cascade(self, request: Request, plan: Plan, first: Arm) -> AsyncGenerator[Event]:
-        """The cheaper arm's attempt where it is sure of itself, else the arm that was chosen; both are paid for."""
+    def _events(self, request: Request, plan: Plan) -> AsyncGenerator[Event]:
+        """The answer that was planned; its first event is the decision."""
         tools = self._bind(request, plan.decision.arm, plan)
-        try:
-            draft = await attempt(request, first, tools)
-            sure = sureness(draft)
-            kept = sure >= self.settings.gate.cascade
-            decision = _tried(plan, first, sure, kept)
-            self.journal.add(decision, request.caller)
-            yield Decided(decision)
-            yield Drafted(str(first), draft.text, draft.usage, note=f"tried first, {sure:.2f} sure")
-            if not kept:
-                async with contextlib.aclosing(tools.play(plan.decision.arm)) as events:
-                    async for event in events:
-                        yield event
-                return
-            if draft.passages:
-                yield Retrieved(draft.passages)
-            for token in said(request, str(first), draft.text, reason=draft.finish_reason):
-                yield token
-            yield Finished(tools.usage)
-        except HybridError as error:
-            yield Failed(error)
-        finally:
-            await tools.aclose()
+        record = functools.partial(self.journal.add, caller=request.caller)
+        if plan.decision.first:
+            return cascade(request, plan, plan.decision.first, tools, enough=self.settings.gate.cascade, record=record)
+        return _played(plan, tools, record)
 
     async def route(self, request: Request) -> Decision:
         """The decision alone; nothing is generated."""
-        plan = await self._plan(self._entitled(request))
+        plan = await self._planner.plan(self._entitled(request))
         self.journal.add(plan.decision, request.caller)
         return plan.decision
 
     def _entitled(self, request: Request) -> Request:
         """The request with what its caller may use at this moment."""
         return dataclasses.replace(request, rights=self.keys.rights(request.caller))
-
-    async def _plan(self, request: Request) -> Plan:
-        arm = self.names.arm(request.model, request.rights)
-        if arm is None:
-            decision = await self.decider.decide(request)
-            if decision.arm.confers:
-                return await self._conferring(request, decision.arm, decision)
-        elif arm == MIX:
-            decision = await self._mixer.decide(request)
-        elif arm.confers:
-            return await self._conferring(request, arm)
-        else:
-            decision = Decision(id=new_id(), arm=arm, reason="the caller named the model", chosen_by="caller")
-        versions = await self.names.versions(decision.arm)
-        decision = dataclasses.replace(decision, adapter=_spoken(versions))
-        if decision.first and can_be_tried(request):
-            return Plan(decision, {**versions, **await self.names.versions(decision.first)})
-        return Plan(dataclasses.replace(decision, first=None), versions)
-
-    async def _conferring(self, request: Request, arm: Arm, chosen: Decision | None = None) -> Plan:
-        """The plan of an arm that asks others. The gate's view of the request chooses and weighs the members;
-        `chosen` is its decision where it chose that others are asked, too."""
-        limits = request.knobs if arm.strategy == "self_moa" else dataclasses.replace(request.knobs, arms=None)
-        routed = chosen or await self.decider.decide(dataclasses.replace(request, knobs=limits))
-        enrolled = [member for member in self.decider.gate.arms() if request.rights.may(member)]
-        panel = self._convener.panel(request, arm, _by_itself(routed), enrolled)
-        versions: dict[str, AdapterVersion] = {}
-        for member in panel.arms:
-            versions |= await self.names.versions(member)
-        seats = f"{', '.join(str(seat.arm) for seat in panel.seats)} propose"
-        if chosen:
-            return Plan(dataclasses.replace(chosen, reason=f"{chosen.reason}; {seats}"), versions, panel)
-        decision = dataclasses.replace(
-            routed,
-            arm=arm,
-            confidence=1.0,
-            reason=f"the caller named the model; {seats}",
-            chosen_by="caller",
-            fallback=None,
-            vector=None,
-        )
-        return Plan(decision, versions, panel)
 
     def _bind(self, request: Request, arm: Arm, plan: Plan) -> Bound:
         """The verbs for one arm of the plan: the one that answers, or one that it asks."""
@@ -287,6 +173,15 @@ class Gateway:
     def _salt(self, caller: str) -> str:
         """One prefix-cache compartment a tenant: timing must not tell one tenant what another asked."""
         return hmac.new(self._secret, caller.encode(), hashlib.sha256).hexdigest()[:32]
+
+    @contextlib.contextmanager
+    def _counted(self, caller: str) -> Iterator[None]:
+        self._answering[caller] += 1
+        try:
+            yield
+        finally:
+            self._answering[caller] -= 1
+            self._answering += collections.Counter()  # those who ask no more are forgotten
 
     @contextlib.contextmanager
     def _using(self, versions: Iterable[AdapterVersion]) -> Iterator[None]:
@@ -417,24 +312,13 @@ def _instruction(version: AdapterVersion | None) -> str:
     return str(version.card.get("instruction", "")) if version else ""
 
 
-def _spoken(versions: Mapping[str, AdapterVersion]) -> str | None:
-    """The immutable names of what answers."""
-    return ", ".join(version.id for version in versions.values()) or None
-
-
-def _tried(plan: Plan, first: Arm, sure: float, kept: bool) -> Decision:
-    """The decision once the cheaper arm has been heard."""
-    heard = f"{first} was {sure:.2f} sure of its own answer"
-    if not kept:
-        return dataclasses.replace(plan.decision, reason=f"{heard}, too little; {plan.decision.reason}")
-    version = plan.version(first)
-    adapter = version.id if version else None
-    return dataclasses.replace(plan.decision, arm=first, adapter=adapter, reason=f"{heard}; {plan.decision.reason}")
-
-
-def _by_itself(decision: Decision) -> Decision:
-    """The decision with the best arm that asks no other, where it is for one that does."""
-    if not decision.arm.confers:
-        return decision
-    alone = [arm for arm in map(Arm.parse, decision.scores) if not arm.confers] or [PROMPT]
-    return dataclasses.replace(decision, arm=max(alone, key=lambda arm: decision.scores.get(str(arm), 0.0)))
+async def _played(plan: Plan, tools: Bound, record: Callable[[Decision], None]) -> AsyncGenerator[Event]:
+    """Decided, then what the strategy yields, then Finished or Failed."""
+    try:
+        record(plan.decision)
+        yield Decided(plan.decision)
+        async with contextlib.aclosing(tools.play(plan.decision.arm)) as events:
+            async for event in events:
+                yield event
+    except HybridError as error:
+        yield Failed(error)

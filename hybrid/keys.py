@@ -1,7 +1,8 @@
 """API keys: 32 random bytes, shown once, stored as SHA-256, compared in constant time.
 
 A key that guessing cannot find needs no slow hash: SHA-256 of 256 random bits is as good as any, and cheap enough to do
-on every request.
+on every request. What was read of the keys is kept until anything is committed to the database, by any process: a
+request then costs a glance instead of a reading, and a key that is revoked is closed to the next request all the same.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import hmac
 import re
 import secrets
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from sqlalchemy import insert, select, update
 
@@ -28,6 +30,7 @@ ID = "key_"
 SCOPES = ("use", "admin")
 MAX_GROUPS = 64
 _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_READ = (table.c.id, table.c.hash, table.c.scopes, table.c.groups, table.c.arms, table.c.revoked)
 _PUBLIC = (table.c.id, table.c.name, table.c.scopes, table.c.groups, table.c.arms, table.c.created, table.c.revoked)
 
 
@@ -39,16 +42,43 @@ class Key:
     scopes: frozenset[str]
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A row of the table as it was read."""
+
+    key: Key
+    hash: str
+    groups: frozenset[str]
+    arms: frozenset[str] | None
+    revoked: bool
+
+    @property
+    def rights(self) -> Rights:
+        """What it says of its holder; which corpora these may see, the corpora say."""
+        return Rights(caller=self.key.id, admin="admin" in self.key.scopes, groups=self.groups, arms=self.arms)
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """Every key as it was at one stamp of the database. `rights` is filled as holders ask."""
+
+    stamp: int
+    by_hash: Mapping[str, _Kept]
+    by_id: Mapping[str, _Kept]
+    rights: dict[str, Rights] = field(default_factory=dict)
+
+
 def digest(secret: str) -> str:
     """What is stored of a key: its SHA-256, in hex."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class Keys:
-    """The keys of one home. Read afresh at each use, so that another process's `revoke` holds at once."""
+    """The keys of one home. Another process's `revoke` holds at once. Safe to use from several threads."""
 
     def __init__(self, state: State) -> None:
         self._state = state
+        self._known = _Known(-1, {}, {})
 
     def create(
         self,
@@ -105,14 +135,15 @@ class Keys:
         """What the holder of a key may use and see now. An id that is no key's is the home's own work."""
         if not key_id.startswith(ID):
             return Rights(caller=key_id)
-        columns = (table.c.scopes, table.c.groups, table.c.arms)
-        with self._state.transaction() as connection:
-            row = connection.execute(select(*columns).where(table.c.id == key_id)).first()
-        if row is None:
+        known = self._read()
+        kept = known.by_id.get(key_id)
+        if kept is None:
             return Rights(caller=key_id, admin=False, arms=frozenset())
-        arms = None if row.arms is None else frozenset(row.arms)
-        rights = Rights(caller=key_id, admin="admin" in row.scopes, groups=frozenset(row.groups), arms=arms)
-        return rights if rights.admin else self._with_corpora(rights)
+        found = known.rights.get(key_id)
+        if found is None:
+            found = kept.rights if kept.rights.admin else self._with_corpora(kept.rights)
+            known.rights[key_id] = found
+        return found
 
     def _with_corpora(self, rights: Rights) -> Rights:
         with self._state.transaction() as connection:
@@ -126,17 +157,34 @@ class Keys:
 
         Revoking the last key does not open the API again: a door once locked stays locked.
         """
-        with self._state.transaction() as connection:
-            rows = connection.execute(select(table.c.id, table.c.hash, table.c.scopes, table.c.revoked)).all()
-        if not rows:
+        known = self._read().by_hash
+        if not known:
             return None
         if not secret:
             raise Unauthorized("This server needs an API key: send `Authorization: Bearer KEY`.")
         asked = digest(secret)
-        equal = [row for row in rows if hmac.compare_digest(row.hash, asked)]
-        if not equal or equal[0].revoked is not None:
+        # found by Python's own keyed hash of the digest, then compared whole: time tells nothing of a near miss
+        kept = known.get(asked)
+        if kept is None or not hmac.compare_digest(kept.hash, asked) or kept.revoked:
             raise Unauthorized("The API key is unknown or revoked; `hybrid keys create` makes one.")
-        return Key(equal[0].id, frozenset(equal[0].scopes))
+        return kept.key
+
+    def _read(self) -> _Known:
+        """The keys as they are now, read again where anything was committed since they were."""
+        stamp = self._state.stamp()
+        known = self._known
+        if stamp != known.stamp:  # taken before the reading: what is committed meanwhile is read next time
+            with self._state.transaction() as connection:
+                rows = [_kept(row) for row in connection.execute(select(*_READ))]
+            known = _Known(stamp, {row.hash: row for row in rows}, {row.key.id: row for row in rows})
+            self._known = known
+        return known
+
+
+def _kept(row: Any) -> _Kept:
+    arms = None if row.arms is None else frozenset(row.arms)
+    key = Key(row.id, frozenset(row.scopes))
+    return _Kept(key, row.hash, frozenset(row.groups), arms, row.revoked is not None)
 
 
 def check_groups(groups: Iterable[str]) -> list[str]:

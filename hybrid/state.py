@@ -8,6 +8,7 @@ newer one is refused.
 from __future__ import annotations
 
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -278,12 +279,23 @@ class State:
     def __init__(self, path: Path) -> None:
         upgrade(path, schema, SCHEMA)
         self._engine = open_sqlite(path, schema)
+        self._glance = sqlite3.connect(path, timeout=30, check_same_thread=False, isolation_level=None)
+        self._glancing = threading.Lock()
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
         """A transaction: committed on a clean exit, rolled back on an exception."""
         with self._engine.begin() as connection:
             yield connection
+
+    def stamp(self) -> int:
+        """A number that differs after every commit, by whatever process: what was read before it may be old.
+
+        It costs microseconds (SQLite's `data_version`, which each connection sees of the commits of all others; this
+        one never writes).
+        """
+        with self._glancing:
+            return int(self._glance.execute("PRAGMA data_version").fetchone()[0])
 
     def write_audit(self, connection: Connection, what: str, **detail: Any) -> None:
         """Adds a line to the audit inside the caller's transaction."""
@@ -356,4 +368,5 @@ class State:
 
     def close(self) -> None:
         """Releases every connection."""
+        self._glance.close()
         self._engine.dispose()

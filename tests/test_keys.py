@@ -6,11 +6,12 @@ import hashlib
 from pathlib import Path
 
 import pytest
+from sqlalchemy import insert, update
 
 from hybrid.errors import BadRequest, NotFound, Unauthorized
 from hybrid.keys import Keys
 from hybrid.server.access import Access
-from hybrid.state import State
+from hybrid.state import State, corpora
 from hybrid.types import Arm
 
 
@@ -100,3 +101,27 @@ def test_a_key_takes_only_groups_and_arms_that_can_be(keys: Keys, wrong: dict[st
         keys.create("alice", **wrong)
     with pytest.raises(BadRequest):
         keys.create("root", ["admin"], arms=["bank"])
+
+
+def test_S4_what_a_key_may_see_changes_at_once(keys: Keys, tmp_path: Path) -> None:
+    elsewhere = State(tmp_path / "state.db")
+    made = keys.create("alice", groups=["sales"])
+    assert keys.rights(made["id"]).hidden == keys.rights(made["id"]).own == frozenset()
+    with elsewhere.transaction() as connection:
+        rows = ({"id": f"vs_{name}", "name": name, "groups": [name], "owner": "key_x"} for name in ("sales", "ops"))
+        connection.execute(insert(corpora), list(rows))
+    assert keys.rights(made["id"]).hidden == {"ops"}
+    with elsewhere.transaction() as connection:
+        connection.execute(update(corpora).values(owner=made["id"]))
+    assert (keys.rights(made["id"]).hidden, keys.rights(made["id"]).own) == (frozenset(), {"sales", "ops"})
+
+
+def test_a_stamp_lasts_until_anyone_commits(tmp_path: Path) -> None:
+    here, elsewhere = State(tmp_path / "state.db"), State(tmp_path / "state.db")
+    seen = [here.stamp()]
+    for state in (here, elsewhere):
+        assert here.stamp() == seen[-1]
+        with state.transaction() as connection:
+            state.write_audit(connection, "look")
+        seen.append(here.stamp())
+    assert len(set(seen)) == 3

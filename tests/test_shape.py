@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"adapters"},
     {"catalog"},
     {"gate", "strategies"},
-    {"names", "convene"},
+    {"names", "convene", "plan", "cascade"},
     {"gateway"},
     {"boot", "doctor"},
     {"training", "evaluation"},

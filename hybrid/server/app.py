@@ -16,7 +16,6 @@ from fastapi_offline import FastAPIOffline
 from hybrid import __version__
 from hybrid.evaluation.asking import CALLER
 from hybrid.gateway import Gateway
-from hybrid.keys import Keys
 from hybrid.lifecycle.attacher import Attacher
 from hybrid.lifecycle.attachments import Attachments
 from hybrid.lifecycle.corpora import Corpora
@@ -89,7 +88,7 @@ def create_app(gateway: Gateway, settings: Settings, *, token: str | None = None
         Door,
         settings=settings.server,
         access=Access(
-            Keys(gateway.state), token=token or secrets.token_urlsafe(32), closed=not loopback(settings.server.host)
+            gateway.keys, token=token or secrets.token_urlsafe(32), closed=not loopback(settings.server.host)
         ),
         metrics=house.metrics,
         traffic=house.traffic,

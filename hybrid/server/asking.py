@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from hybrid.errors import BadRequest, ContextTooLong, ModelNotFound
@@ -235,6 +236,7 @@ def _logprobs(highest: int) -> Check:
     return check
 
 
+@lru_cache(maxsize=8)
 def _fields(limits: ServerSettings) -> Mapping[str, Check]:
     """The fields whose values could hurt, and what each may be. null means not sent."""
     return {

@@ -173,8 +173,7 @@ async def stream(reply: Reply, asked: Asked) -> AsyncGenerator[bytes]:
 
 async def _chunks(reply: Reply, asked: Asked) -> AsyncIterator[bytes]:
     """The engine's chunks, with ours: citations after the first, usage or reasons in the last."""
-    frame: JSON | None = None
-    held = b""
+    first = held = b""
     async for token in reply.tokens():
         if token.usage is not None and not json.loads(token.raw).get("choices"):
             continue  # the engine's own count; the client gets the sum of every call, if it asked
@@ -183,21 +182,25 @@ async def _chunks(reply: Reply, asked: Asked) -> AsyncIterator[bytes]:
         if held:
             yield held
         held = token.raw
-        if frame is None:
-            frame = {
-                key: value for key, value in json.loads(held).items() if key in ("id", "object", "created", "model")
-            }
+        if not first:
+            first = held
             if reply.passages:
                 yield held
-                held = _dump({**frame, "choices": _cited(reply, asked)})
+                held = _dump({**_frame(first), "choices": _cited(reply, asked)})
         if not asked.explain or asked.include_usage:
             yield held
             held = b""
     if asked.include_usage:
-        usage = {**(frame or {}), "choices": [], "usage": (reply.usage or Usage()).wire()}
+        usage = {**_frame(first), "choices": [], "usage": (reply.usage or Usage()).wire()}
         yield _dump({**usage, "hybrid": reply.explained()} if asked.explain else usage)
     elif held:
         yield _dump({**json.loads(held), "hybrid": reply.explained()})
+
+
+def _frame(chunk: bytes) -> JSON:
+    """What all chunks of one answer share, read from one of them."""
+    known = json.loads(chunk) if chunk else {}
+    return {key: value for key, value in known.items() if key in ("id", "object", "created", "model")}
 
 
 def _cited(reply: Reply, asked: Asked) -> list[JSON]:
