@@ -12,7 +12,17 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FieldSerializationInfo,
+    SecretStr,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from hybrid.errors import SetupError
@@ -20,6 +30,8 @@ from hybrid.rooms import Home
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_EMBEDDER = "all-MiniLM-L6-v2"
+#: a context of serialization in which secrets are told
+SECRETS = "secrets"
 
 
 class _Section(BaseModel):
@@ -83,17 +95,27 @@ class RetrievalSettings(_Section):
     chunk_tokens: int = Field(200, ge=16, description="a longer section is cut; the embedder's tokens")
     overlap_tokens: int = Field(0, ge=0, description="tokens that neighbouring pieces of a section share")
     passage_budget_tokens: int = Field(1100, description="tokens of passages in one prompt at most")
+    vector_engine: SecretStr = Field(SecretStr(""), description="a PostgreSQL with pgvector in place of FAISS; its URL")
     search: Literal["hybrid", "dense", "lexical"] = Field("hybrid", description="by meaning and words, or by one alone")
     fusion: Literal["convex", "rrf"] = Field("convex", description="how the two become one list")
-    weight: float | None = Field(None, ge=0, le=1, description="what meaning counts (default: as tuned, or 0.6)")
+    weight: float | None = Field(None, ge=0, le=1, description="what meaning counts (default: as tuned, or 0.75)")
     rerank: bool = Field(True, description="a closer look at the best 30, where `hybrid corpora tune` taught one")
     cross_encoder: str = Field("", description="the folder of a cross-encoder that takes the closer look instead")
+    collapse: bool = Field(True, description="of those that say almost the same the best alone, with a count")
     mmr: float = Field(0.0, ge=0, lt=1, description="how much passages that say the same are kept apart; 0: not")
     neighbours: int = Field(0, ge=0, le=5, description="pieces before and after each found one that are shown too")
+    exact_up_to: int = Field(20_000, ge=0, description="of more passages meaning is searched by a graph (HNSW)")
+    graph_up_to: int = Field(1_000_000, ge=0, description="of more passages, by compressed vectors (IVF-PQ)")
+    words_first: int = Field(1_000, ge=0, description="new passages that are found by words before they are embedded")
     embed_batch: int = Field(512, ge=1, description="passages embedded and committed in one transaction")
     file_mb: int = Field(64, ge=1, description="a larger file is skipped; a corpus.jsonl may be of any size")
     parse_mb: int = Field(1024, ge=256, description="memory for reading one file, in MiB")
     parse_s: float = Field(60.0, gt=0, description="time for reading one file")
+
+    @field_serializer("vector_engine", when_used="json")
+    def _told(self, value: SecretStr, info: FieldSerializationInfo) -> str:
+        """The password in it is for our own child processes alone."""
+        return value.get_secret_value() if (info.context or {}).get(SECRETS) else str(value)
 
 
 class GateSettings(_Section):
@@ -206,7 +228,7 @@ class Settings(BaseSettings):
 
     def environment(self) -> dict[str, str]:
         """What makes a child process load these very settings, wherever they came from."""
-        values = self.model_dump(mode="json", exclude_none=True)
+        values = self.model_dump(mode="json", exclude_none=True, context={SECRETS: True})
         return {
             f"HYBRID_{name.upper()}": json.dumps(value) if isinstance(value, dict) else str(value)
             for name, value in values.items()

@@ -123,22 +123,24 @@ class Request:
 @dataclass(frozen=True, slots=True)
 class Scores:
     """What each stage of a search made of a passage: the cosine, BM25 (0 where no word is shared), the two together,
-    and the closer look (None where there was none)."""
+    the closer look, and what made it the next one that is unlike those before it (None where a stage is off)."""
 
     dense: float
     lexical: float = 0.0
     fused: float = 0.0
     rerank: float | None = None
+    mmr: float | None = None
 
     def wire(self) -> JSON:
         """As a search shows them."""
-        values = {name: getattr(self, name) for name in ("dense", "lexical", "fused", "rerank")}
+        values = {name: getattr(self, name) for name in ("dense", "lexical", "fused", "rerank", "mmr")}
         return {name: None if value is None else round(value, 4) for name, value in values.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A piece of a corpus. `score` is the cosine similarity to the query, -1 to 1 (0 where none was asked)."""
+    """A piece of a corpus. `score` is the cosine similarity to the query, -1 to 1 (0 where none was asked); `alike` is
+    how many others that were found say almost the same and are left out."""
 
     id: str
     title: str
@@ -147,6 +149,7 @@ class Passage:
     corpus: str = ""
     document: str = ""
     scores: Scores | None = field(default=None, compare=False)
+    alike: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

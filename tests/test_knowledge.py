@@ -526,6 +526,7 @@ FAILPOINTS = {
 PUBLISH = """
 from hybrid.knowledge.index import build
 from hybrid.knowledge.store import Store
+from hybrid.settings import RetrievalSettings
 folder, event, mark = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 store = Store(folder / "store.db")
 with store.change() as change:
@@ -533,7 +534,7 @@ with store.change() as change:
 def die(name, args):
     if name == event and mark in Path(args[0]).name: os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(die)
-build(folder / "generations", store)
+build(folder / "generations", store, RetrievalSettings())
 """
 
 

@@ -130,7 +130,7 @@ def test_a_damaged_index_of_words_is_noticed_and_built_again(open_library: Open,
     library = open_library()
     library.ingest("town", folder)
     before = [ids(library, query) for query in ("ZX-4117Q", "a boat")]
-    for damaged in ("data.csc.index.npy", "vocab.index.json", "words.rows.npy"):
+    for damaged in ("words/0/data.csc.index.npy", "words/0/vocab.index.json", "words/0/words.rows.npy"):
         newest = max((home / "index/town/generations").glob("[0-9]*"), key=lambda p: int(p.name))
         content = bytearray((newest / damaged).read_bytes())
         content[len(content) // 2] ^= 1

@@ -58,17 +58,21 @@ def search(
 
     hybrid search handbook "how is an adapter loaded" --k 3
     """
-    hits = open_library(Settings.load()).search(corpus, query, k, every_id=True)
+    library = open_library(Settings.load())
+    hits = library.search(corpus, query, k, every_id=True)
+    if library.trouble:
+        say(library.trouble)
     if json_:
         rows = [
             {"id": h.id, "title": h.title, "text": h.text, "score": round(h.score, 4)}
-            | {"scores": h.scores.wire() if h.scores else None}
+            | {"scores": h.scores.wire() if h.scores else None, "alike": h.alike}
             for h in hits
         ]
         data({"hits": rows})
         return
     for hit in hits:
-        text(f"{_scores(hit)}  {hit.id}  {hit.title}\n       {hit.text[:300]}")
+        more = f"  (and {hit.alike} almost the same)" if hit.alike else ""
+        text(f"{_scores(hit)}  {hit.id}  {hit.title}{more}\n       {hit.text[:300]}")
 
 
 def _scores(hit: Passage) -> str:

@@ -25,6 +25,11 @@ _WORDS = re.compile(r"\w+|[^\w\s.,;:!?'\"]")
 Shingles = frozenset[str]
 
 
+def same(one: Shingles, other: Shingles) -> bool:
+    """Whether two texts without different numbers say almost the same, by their shingles."""
+    return len(one & other) >= ALIKE * len(one | other)
+
+
 def shingles(text: str) -> Shingles:
     """The runs of three words, case folded, with marks for the beginning and the end."""
     words = ["^", *_WORDS.findall(text.casefold()), "$"]
@@ -68,7 +73,7 @@ class Texts:
         mine = self._shingles[position]
         for other in sorted(self._lsh.query(self._signatures[position]), reverse=True):
             theirs = self._shingles[other]
-            if other != position and among(other) and len(mine & theirs) >= ALIKE * len(mine | theirs):
+            if other != position and among(other) and same(mine, theirs):
                 return int(other)
         return None
 

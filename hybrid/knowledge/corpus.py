@@ -5,34 +5,43 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
 
-from hybrid.errors import HybridError, NotFound, Refused
+from hybrid.errors import HybridError, NotFound, NotReady, Refused
 from hybrid.knowledge.embed import Embedder, Vectors
 from hybrid.knowledge.filters import Matches
-from hybrid.knowledge.index import Snapshot, build, extended, load
+from hybrid.knowledge.index import Snapshot, build, extended, load, manifest
 from hybrid.knowledge.ingest import check_embedder
-from hybrid.knowledge.lexical import Words, scored
+from hybrid.knowledge.kinds import REFINE
+from hybrid.knowledge.lexical import Scored, Words, grown, scored
+from hybrid.knowledge.pg import PgEngine, PgIndex
 from hybrid.knowledge.ranking import Hit
-from hybrid.knowledge.store import Meta, Store
+from hybrid.knowledge.store import Holdings, Meta, Rows, Store
 from hybrid.knowledge.tuned import FILE, Tuned
-from hybrid.knowledge.visible import Holdings, Visible
+from hybrid.knowledge.visible import Visible, shown
+from hybrid.settings import RetrievalSettings
 from hybrid.types import JSON, Passage, Rights, Scores
 
 log = logging.getLogger("hybrid.knowledge")
 
 #: so many passages are searched in memory beside a generation before the next one is published
 FRESH = 1024
+#: after a publication that failed the next one is tried so many seconds later
+AGAIN_S = 5.0
+#: of a sample for a question, so many are those nearest to it
+NEAREST = 20
 
 
 @dataclass(frozen=True, slots=True)
 class CorpusInfo:
-    """A corpus as it is listed."""
+    """A corpus as it is listed. `stage` is `words` while the vectors of a new corpus are being made and its words alone
+    are searched, then `meaning`."""
 
     name: str
     passages: int
@@ -40,6 +49,8 @@ class CorpusInfo:
     generation: int
     embedder: str
     bytes: int = 0
+    engine: str = "faiss"
+    stage: str = "meaning"
 
     def wire(self) -> JSON:
         return asdict(self)
@@ -47,42 +58,64 @@ class CorpusInfo:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Asked:
-    """A question: its unit vector float32 [dim], its words where they are searched for, and whether meaning is."""
+    """A question: its unit vector float32 [dim], its words where they are searched for, and whether meaning is.
+
+    `said` are its words where meaning alone is searched for: they stand in while no vector engine
+    answers and while vectors are being made.
+    """
 
     vector: Vectors
     text: str = ""
     dense: bool = True
+    said: str = ""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Candidates:
-    """What one corpus has for a question, in no order, and how rare the question's words are in it."""
+    """What one corpus has for a question, in no order, and how rare the question's words are in it. Unless it is
+    `ready` vectors are still being made, and the words alone were searched for."""
 
     hits: Sequence[Hit]
     rarity: Mapping[str, float]
+    ready: bool = True
 
 
 class Corpus:
     """One corpus open for reading, and for mending its generation when that turns out damaged."""
 
-    def __init__(self, name: str, folder: Path, embedder: Embedder) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        embedder: Embedder,
+        settings: RetrievalSettings,
+        engine: PgEngine | None = None,
+    ) -> None:
         self.name = name
         self.store = Store(folder / "store.db")
         self._folder = folder
         self._embedder = embedder
+        self._settings = settings
+        self._engine = engine
+        #: why the vector engine is of no use to this corpus; `settle` mends it
+        self.trouble = ""
+        self._again_at = 0.0
         self._lock = threading.Lock()
         self._snapshot: Snapshot | None = None
-        self._counts = (-1, 0, 0, 0)
-        self._holdings: Holdings | None = None
+        self._counts = (-1, 0, 0, 0, False)
+        self._holdings: tuple[int, Holdings] | None = None
         self._tuned = (0, Tuned())
-        self._fresh: tuple[tuple[int, int, int], Words] | None = None
+        #: the index of words: of which generation, up to which row, and its parts
+        self._lexicon: tuple[int, int, tuple[Words, ...]] = (-1, 0, ())
 
     def info(self) -> CorpusInfo:
         meta = self.store.meta() or Meta(0, 0, "", "", "", 0)
         if self._counts[0] != meta.revision:
-            self._counts = (meta.revision, *self.store.counts(), self.store.size())
-        _, passages, documents, size = self._counts
-        return CorpusInfo(self.name, passages, documents, meta.generation, meta.embedder, size)
+            self._counts = (meta.revision, *self.store.counts(), self.store.size(), self.store.is_waiting())
+        _, passages, documents, size, waits = self._counts
+        engine = "pgvector" if self._engine else "faiss"
+        stage = "words" if waits else "meaning"
+        return CorpusInfo(self.name, passages, documents, meta.generation, meta.embedder, size, engine, stage)
 
     def meta(self) -> Meta:
         """The row of `meta`. Raises Refused when the vectors are another embedder's."""
@@ -112,39 +145,80 @@ class Corpus:
         if rights.admin and matches is None:
             return None
         revision, held = self.meta().revision, self._holdings
-        if held is None or held.revision != revision:
-            held = self._holdings = Holdings(revision, *self.store.holdings())
-        return held.visible(rights, matches)
+        if held is None or held[0] != revision:
+            held = self._holdings = (revision, self.store.holdings())
+        return shown(held[1], rights, matches)
 
     def candidates(self, asked: Asked, k: int, rights: Rights, matches: Matches | None = None) -> Candidates:
         """The texts that a caller may find, those nearest in meaning and those with the words: `k` at least of each
-        way that is asked for, where there are as many."""
+        way that is asked for, where there are as many.
+
+        While a vector engine is of no use, or vectors are still being made, words alone are searched for, and a vector
+        alone finds nothing.
+        """
+        try:
+            return self._candidates(asked, k, rights, matches)
+        except NotReady:
+            by_words = replace(asked, text=asked.text or asked.said, dense=False)
+            return self._candidates(by_words, k, rights, matches) if by_words.text else Candidates((), {})
+
+    def _candidates(self, asked: Asked, k: int, rights: Rights, matches: Matches | None) -> Candidates:
         snapshot, visible = self.snapshot(), self.visible(rights, matches)
+        if not snapshot.ready:
+            asked = replace(asked, text=asked.text or asked.said, dense=False)
         only = visible.rows if visible else None
         words = scored(self._words(snapshot), asked.text) if asked.text else None
         wanted = k
         while True:
-            near = dict(snapshot.nearest(asked.vector, wanted, only)) if asked.dense else {}
+            near, more = self._near(snapshot, asked.vector, wanted, only) if asked.dense else ({}, False)
             worded = words.best(wanted, only) if words else np.empty(0, np.int64)
             rows = list(dict.fromkeys([*near, *worded.tolist()]))
             named = self._named(rows, visible)
-            if len(named) >= k or max(len(near), len(worded)) < wanted:
+            if len(named) >= k or not (more or len(worded) == wanted):
                 break
             wanted *= 2  # some hits were deleted since the snapshot
-        rows = [row for row in rows if row in named]
-        cosines = self._cosines(asked.vector, [row for row in rows if row not in near]) | near
+        scores = self._scores([row for row in rows if row in named], asked.vector, near, words, snapshot.ready)
+        hits = [Hit(self.name, row, named[row], score) for row, score in scores.items()]
+        return Candidates(hits, words.rarity if words else {}, snapshot.ready)
+
+    def _scores(
+        self, rows: Sequence[int], vector: Vectors, near: Mapping[int, float], words: Scored | None, ready: bool
+    ) -> dict[int, Scores]:
+        """What meaning and words make of each row. One that was deleted meanwhile is left out; one whose vector
+        is still to be made has no cosine."""
+        cosines = self._cosines(vector, [row for row in rows if row not in near]) | dict(near)
         lexical = words.of(np.array(rows, np.int64)) if words else np.zeros(len(rows), np.float32)
-        scores = [
-            Scores(cosines[row], float(worth)) for row, worth in zip(rows, lexical, strict=True) if row in cosines
-        ]
-        rows = [row for row in rows if row in cosines]
-        hits = [Hit(self.name, row, named[row], score) for row, score in zip(rows, scores, strict=True)]
-        return Candidates(hits, words.rarity if words else {})
+        return {
+            row: Scores(cosines.get(row, 0.0), float(worth))
+            for row, worth in zip(rows, lexical, strict=True)
+            if row in cosines or not ready
+        }
 
     def vectors(self, rows: Sequence[int]) -> dict[int, Vectors]:
         """By row, the unit vectors float32 [dim] of these passages."""
         kept, vectors = self.store.vectors(self.meta().dim, only=rows)
         return dict(zip(kept.tolist(), vectors, strict=True))
+
+    def sample(
+        self, limit: int, seed: int, rights: Rights, near: Vectors | None = None
+    ) -> tuple[tuple[Passage, ...], Vectors]:
+        """At most `limit` passages that a caller may find, chosen by `seed`, and their vectors float32 [n, dim]; those
+        nearest to `near` [dim] are always among them."""
+        meta, visible = self.meta(), self.visible(rights)
+        rows = np.array(self.store.rows(), np.int64) if visible is None else visible.rows
+        if len(rows) > limit:
+            close = np.empty(0, np.int64)
+            if near is not None:
+                with contextlib.suppress(NotReady):
+                    only = visible.rows if visible else None
+                    found, _ = self._near(self.snapshot(), near, min(NEAREST, limit), only)
+                    close = np.intersect1d(np.array(list(found), np.int64), rows)
+            others = np.setdiff1d(rows, close)
+            drawn = np.random.default_rng(seed).choice(others, limit - len(close), replace=False)
+            rows = np.union1d(close, drawn)
+        named = self._named(rows.tolist(), visible)
+        kept, vectors = self.store.vectors(meta.dim, only=sorted(named))
+        return tuple(replace(named[int(row)][0], corpus=self.name) for row in kept), vectors
 
     def tuned(self) -> Tuned:
         """What its own questions taught about searching it."""
@@ -158,45 +232,107 @@ class Corpus:
         """Keeps what was learned, for every process."""
         learned.save(self._folder)
 
-    def _words(self, snapshot: Snapshot) -> list[Words]:
-        """The index of words of the generation, and of what is searched beside it."""
-        old = [] if snapshot.words is None else [snapshot.words]
-        if not len(snapshot.fresh_rows):
-            return old
-        key = (snapshot.generation, int(snapshot.fresh_rows[0]), snapshot.last)
-        if self._fresh is None or self._fresh[0] != key:
-            self._fresh = (key, Words.stored(self.store, snapshot.fresh_rows.tolist()))
-        return [*old, self._fresh[1]]
+    def _words(self, snapshot: Snapshot) -> tuple[Words, ...]:
+        """The index of words of the generation, and of what was committed since: each passage is read for it once."""
+        with self._lock:
+            generation, last, parts = self._lexicon
+            if generation != snapshot.generation:
+                last, parts = snapshot.last, snapshot.words
+            new = snapshot.newer[snapshot.newer > last]
+            if len(new):
+                last, parts = int(new[-1]), grown(parts, self.store, new)
+            self._lexicon = (snapshot.generation, last, parts)
+            return parts
+
+    def _near(self, snapshot: Snapshot, vector: Vectors, k: int, only: Rows | None) -> tuple[dict[int, float], bool]:
+        """The cosines of the rows nearest in meaning, and whether there may be more of them; compressed vectors only
+        say which ones to measure. Raises NotReady while the vector engine is of no use."""
+        wanted = k if snapshot.exact else k * REFINE
+        try:
+            found = snapshot.nearest(vector, wanted, only)
+            if snapshot.exact:
+                return dict(found), len(found) == wanted
+            measured = self._cosines(vector, [row for row, _ in found])
+            best = sorted(measured.items(), key=lambda hit: (-hit[1], hit[0]))[:k]
+            return dict(best), len(found) == wanted
+        except Refused as error:
+            self.trouble = f"{error.message} It is published again; until then words alone are searched."
+            raise NotReady(self.trouble) from error
 
     def _named(self, rows: Sequence[int], visible: Visible | None) -> dict[int, list[Passage]]:
         """By row, the passage under each id that the caller may see; rows that are gone or hidden are left out."""
         named = self.store.passages(rows)
         if visible is None:
             return named
-        seen = {row: [p for p in group if p.document in visible.documents] for row, group in named.items()}
+        seen = {row: [p for p in group if p.document in visible] for row, group in named.items()}
         return {row: group for row, group in seen.items() if group}
 
     def _cosines(self, vector: Vectors, rows: Sequence[int]) -> dict[int, float]:
-        return {row: float(own @ vector) for row, own in self.vectors(rows).items()} if rows else {}
+        if not rows:
+            return {}
+        kept, vectors = self.store.vectors(len(vector), only=rows)
+        return dict(zip(kept.tolist(), (vectors @ vector).tolist(), strict=True))
 
     def publish(self) -> None:
-        """Builds a generation unless the current one is whole and holds everything. The caller holds the lock."""
-        meta = self.meta()
+        """Builds a generation unless the current one is whole and holds everything. The caller holds the lock.
+
+        While a vector engine is of no use none is built; `settle` makes up for it.
+        """
+        try:
+            meta = self.meta()
+            old, whole = self._current(meta)
+            if not whole:
+                build(self.generations, self.store, self._settings, self._engine, old)
+            self.trouble = ""
+        except NotReady as error:
+            self.trouble, self._again_at = error.message, time.monotonic() + AGAIN_S
+            log.warning("%s: no new generation was published. %s", self.name, error.message)
+
+    def _current(self, meta: Meta) -> tuple[Snapshot | None, bool]:
+        """The current generation, for the caller alone, and whether it is whole and holds everything."""
+        old: Snapshot | None = None
         with contextlib.suppress(Refused):
-            if load(self.generations, meta).revision == meta.revision:
-                return
-        build(self.generations, self.store)
+            old = load(self.generations, meta, self._engine)
+            if isinstance(old.near, PgIndex):
+                old.near.check()
+            return old, old.revision == meta.revision
+        return old, False
+
+    def keep_up(self) -> None:
+        """Publishes what an ingest brought: of a new or small corpus at once, of a large one when it is due. The caller
+        holds the lock."""
+        if not self.meta().generation or self.info().passages <= self._settings.exact_up_to:
+            self.publish()
+        else:
+            self.publish_when_due()
 
     def publish_when_due(self) -> None:
         """Publishes once much was added or taken away since the last time. The caller holds the lock.
 
         Until then what is new is searched in memory beside the generation, and what is gone is left out.
         """
-        snapshot, held = self.snapshot(), self.info().passages
-        added = len(snapshot.fresh_rows)
-        gone = len(snapshot) - held
-        if added + gone > max(FRESH, held // 10):
+        if self._due():
             self.publish()
+
+    def settle(self) -> None:
+        """Brings the vector engine in step once it answers again, or when it lost what it held. Cheap otherwise."""
+        if self._engine is None or self._engine.trouble or time.monotonic() < self._again_at:
+            return
+        if not (self.trouble or self._due()):
+            return
+        with contextlib.suppress(Timeout), corpus_lock(self._folder, timeout=0):
+            self.publish()
+
+    def _due(self) -> bool:
+        told: JSON = {"passages": 0, "watermark": 0, "waiting": 0}
+        with contextlib.suppress(Refused):
+            told = manifest(self.generations, self.meta())
+        held = self.info().passages
+        added = len(self.store.rows(after=told["watermark"]))
+        gone = told["passages"] + added - held
+        if told["waiting"] and not self.store.is_waiting():
+            return True
+        return bool(max(added, gone) > max(FRESH, held // 10))
 
     @property
     def generations(self) -> Path:
@@ -208,7 +344,7 @@ class Corpus:
         if meta.generation == 0:
             return from_store, meta
         try:
-            return load(self.generations, meta), meta
+            return load(self.generations, meta, self._engine), meta
         except Refused as error:
             latest = self.meta()
             if latest.generation != meta.generation:  # another process published and swept meanwhile
@@ -216,11 +352,13 @@ class Corpus:
             log.warning("%s It is built again from the store.", error.message)
         try:
             with corpus_lock(self._folder, timeout=0):
-                build(self.generations, self.store)
+                build(self.generations, self.store, self._settings, self._engine)
             latest = self.meta()
-            return load(self.generations, latest), latest
+            return load(self.generations, latest, self._engine), latest
         except (Timeout, OSError, HybridError) as error:
             log.warning("%s is searched from the store: no new generation was built (%s).", self.name, error)
+            if self._engine is not None:
+                self.trouble = "The vector engine does not hold the corpus yet; it is searched from the store."
             return from_store, meta
 
 

@@ -3,6 +3,9 @@
 Documents are compared by the hash of what they say, and a passage is embedded only when its text is new to the
 corpus. Every batch is one transaction: what was committed when the power went is there afterwards, and the next
 ingest goes on from it.
+
+A corpus that is mostly new is committed without its vectors first, and an index of its words is published: it is
+searched by them within seconds, and by meaning when the vectors are there.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from hybrid.settings import RetrievalSettings
 
 Progress = Callable[[str, int, int], None]
 
+#: new texts in one transaction while no vector is made
+_WORDS_BATCH = 4096
 #: the source of documents that were added one by one
 ADDED = "added"
 _TELL_EVERY = 256
@@ -69,13 +74,16 @@ class Ingest:
         embedder: Embedder,
         settings: RetrievalSettings,
         progress: Progress | None = None,
+        publish: Callable[[], None] = lambda: None,
     ) -> None:
         self._corpus = corpus
+        self._publish = publish
         self._store = store
         self._embedder = embedder
         self._chunker = Chunker(embedder.count_tokens, settings.chunk_tokens, settings.overlap_tokens)
         self._limits = parse_limits(settings)
         self._batch = settings.embed_batch
+        self._words_first = settings.words_first
         self._progress: Progress = progress or (lambda _step, _done, _total: None)
 
     def run(self, path: Path, *, rebuild: bool = False) -> IngestReport:
@@ -87,9 +95,10 @@ class Ingest:
         source = "folder" if path.is_dir() else f"file:{path.name}"
         meta = self._store.meta()
         if meta and rebuild:
-            self._embed_again()
+            self.embed_again()
         elif meta:
             check_embedder(self._corpus, meta, self._embedder)
+            self._embed_waiting()
         old = self._store.documents_known()
         with Parser(self._limits) as parser:
             found = scan(
@@ -121,10 +130,11 @@ class Ingest:
         meta = self._store.meta()
         if meta:
             check_embedder(self._corpus, meta, self._embedder)
+        late = self._embed_waiting()
         found = self._store.documents(document.id)
         if found and (found[0].source, found[0].hash) == (ADDED, self._hash(document.stamp)):
             if about is None or about == found[0].about:
-                return False
+                return late
             with self._store.change() as change:
                 change.describe(document.id, about)
             return True
@@ -155,7 +165,10 @@ class Ingest:
         texts = {text_hash(p.text): (p.title, p.text) for e in reversed(entries) for p in reversed(e.pieces)}
         missing = set(texts) - self._store.known(list(texts))
         total = len(missing)
-        for batch in self._batches(entries, set(missing)):
+        if 0 < self._words_first <= total > self._store.counts()[0]:
+            self._put_words(entries, missing)
+            return
+        for batch in self._batches(entries, set(missing), self._batch):
             wanted = [h for h in dict.fromkeys(text_hash(p.text) for e in batch for p in e.pieces) if h in missing]
             vectors = self._vectors([texts[h] for h in wanted], total - len(missing), total)
             with self._store.change() as change:
@@ -164,21 +177,45 @@ class Ingest:
                 change.sweep()
             missing.difference_update(wanted)
 
-    def _batches(self, entries: Sequence[Entry], missing: set[str]) -> Iterator[list[Entry]]:
-        """Runs of documents that bring about `batch` new texts each."""
+    def _put_words(self, entries: Sequence[Entry], missing: set[str]) -> None:
+        """Commits everything but the vectors, has an index of the words published, and then makes the vectors."""
+        for batch in self._batches(entries, set(missing), _WORDS_BATCH):
+            new = dict.fromkeys(h for h in (text_hash(p.text) for e in batch for p in e.pieces) if h in missing)
+            with self._store.change() as change:
+                change.begin(self._embedder.name, self._embedder.digest, self._embedder.dim)
+                change.put(batch, new)
+                change.sweep()
+            missing -= new.keys()
+        self._publish()
+        self._embed_waiting()
+
+    def _embed_waiting(self) -> bool:
+        """Makes the vectors that texts wait for, also of an ingest that was cut off, and commits them a batch at a
+        time; says whether there were any."""
+        rows = self._store.waiting()
+        for start in range(0, len(rows), self._batch):
+            listed = self._store.passages(rows[start : start + self._batch])
+            texts = [(named[0].title, named[0].text) for named in listed.values()]
+            vectors = self._vectors(texts, start, len(rows))
+            with self._store.change() as change:
+                change.fill(dict(zip(listed, vectors, strict=True)))
+        return bool(rows)
+
+    def _batches(self, entries: Sequence[Entry], missing: set[str], size: int) -> Iterator[list[Entry]]:
+        """Runs of documents that bring about `size` new texts each."""
         batch: list[Entry] = []
         new: set[str] = set()
         for entry in entries:
             batch.append(entry)
             new |= {h for h in (text_hash(p.text) for p in entry.pieces) if h in missing}
-            if len(new) >= self._batch:
+            if len(new) >= size:
                 yield batch
                 missing -= new
                 batch, new = [], set()
         if batch:
             yield batch
 
-    def _embed_again(self) -> None:
+    def embed_again(self) -> None:
         """Makes every stored vector again, in one transaction: a reader sees the old ones or the new ones."""
         listed = self._store.passages(self._store.rows())
         texts = [(named[0].title, named[0].text) for named in listed.values()]

@@ -1,8 +1,8 @@
 """Search by words: BM25 (Robertson & Zaragoza 2009) as Lucene scores it, by bm25s (Lù 2024, arXiv 2407.03618).
 
-A generation holds the index of its passages, title and text; what was committed since is indexed in memory beside it.
-The two are scored as one: each counts in how many passages of both a word stands. The index assumes
-nothing of the language.
+A generation holds the index of its passages, title and text, in parts; what was committed since is indexed in memory as
+one part more. All are scored as one: how rare a word is counts over every part. What was taken away counts until its
+part is made anew, and is never returned. The index assumes nothing of the language.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from hybrid.knowledge.store import Rows, Store
 Numbers = npt.NDArray[np.float32]
 
 ROWS = "words.rows.npy"
+#: passages in one part at most: what indexing them takes in memory
+PART = 200_000
+#: the parts are made anew once so much of them is gone
+WORN = 0.1
 #: a word is a run of letters and digits; no stop words and no stems, which belong to a language
 _WORD = r"(?u)\w+"
 
@@ -71,7 +75,8 @@ class Words:
         return cls(np.load(folder / ROWS), bm25s.BM25.load(folder, show_progress=False))
 
     def save(self, folder: Path) -> None:
-        """Writes the index as files of a folder: arrays without pickles, and JSON."""
+        """Writes the index as files of a new folder: arrays without pickles, and JSON."""
+        folder.mkdir(parents=True)
         self.index.save(folder, show_progress=False)
         np.save(folder / ROWS, self.rows, allow_pickle=False)
 
@@ -82,6 +87,32 @@ class Words:
             return np.empty(0, np.int32), np.empty(0, np.float32)
         start, end = self.index.scores["indptr"][at : at + 2]
         return self.index.scores["indices"][start:end], self.index.scores["data"][start:end]
+
+
+def grown(parts: Sequence[Words], store: Store, rows: Rows) -> tuple[Words, ...]:
+    """The parts and these rows of a store, which ascend from the last.
+
+    A part no larger than what comes after it is made anew with that, as a binary counter carries: of n passages there
+    are never more than log n parts, and none is indexed more than log n times.
+    """
+    kept = list(parts)
+    while len(rows) and kept and len(kept[-1].rows) <= min(len(rows), PART - len(rows)):
+        rows = np.concatenate([kept.pop().rows, rows])
+    starts = range(0, len(rows), PART)
+    return (*kept, *(Words.stored(store, rows[start : start + PART].tolist()) for start in starts))
+
+
+def renewed(parts: Sequence[Words], store: Store, rows: Rows, small: int) -> tuple[Words, ...]:
+    """Parts of exactly `rows`, ascending, as far as parts can forget; made of `parts` where that can be.
+
+    Of `small` passages or fewer there is one part, made anew whenever they change; elsewhere a new title of an old
+    text counts once its part is made anew.
+    """
+    held = np.concatenate([np.empty(0, np.int64), *(part.rows for part in parts)])
+    gone = np.setdiff1d(held, rows)
+    if len(rows) <= small or len(gone) > WORN * len(held):
+        return grown((), store, rows)
+    return grown(parts, store, np.setdiff1d(rows, held))
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrid.errors import BadRequest, Conflict, HybridError, NotFound, Refused
+from hybrid.errors import BadRequest, Conflict, HybridError, NotFound, NotReady, Refused
 from hybrid.knowledge import backup
 from hybrid.knowledge.alike import groups
 from hybrid.knowledge.answerable import Found
@@ -26,9 +26,9 @@ from hybrid.knowledge.embed import Embedder, Vectors
 from hybrid.knowledge.faults import spoken
 from hybrid.knowledge.filters import Matches
 from hybrid.knowledge.ingest import Ingest, IngestReport, Progress, parse_limits
-from hybrid.knowledge.ranking import CLOSER, Hit, fused, reranked, spread
+from hybrid.knowledge.pg import PgEngine
 from hybrid.knowledge.read import one_document
-from hybrid.knowledge.rerank import CrossEncoder, features
+from hybrid.knowledge.stages import Stages
 from hybrid.knowledge.store import About, DocumentInfo
 from hybrid.knowledge.tuned import FILE, Tuned
 from hybrid.rooms import Home, check_name
@@ -62,9 +62,23 @@ class Library:
         self.embedder = embedder
         self._home = home
         self._settings = settings
-        self._cross = CrossEncoder(Path(settings.cross_encoder)) if settings.cross_encoder else None
+        url = settings.vector_engine.get_secret_value()
+        self._engine = PgEngine(url, settings.exact_up_to) if url else None
+        self._stages = Stages(settings)
         self._open: dict[str, tuple[int, Corpus]] = {}
         self._opening = threading.Lock()
+
+    @property
+    def engine(self) -> str:
+        """What searches vectors, and where, for who owns it."""
+        return self._engine.name if self._engine else "faiss"
+
+    @property
+    def trouble(self) -> str:
+        """Why meaning is not searched for at this moment, in words for everybody; empty while it is."""
+        if self._engine is None or self._engine.trouble:
+            return self._engine.trouble if self._engine else ""
+        return next((corpus.trouble for _, corpus in [*self._open.values()] if corpus.trouble), "")
 
     def names(self) -> list[str]:
         """The corpora that hold something, sorted."""
@@ -94,7 +108,7 @@ class Library:
         A text that came with several ids is one of the `k`. It is returned under its first id, as a prompt needs
         it; with `every_id` under each of them in turn, with the same score. Raises NotFound, Refused, BadRequest.
         """
-        hits = self._ranked(*self._found(corpus, query, k, rights, matches), k)
+        hits = self._stages.ranked(*self._found(corpus, query, k, rights, matches), k)
         return tuple(passage for hit in hits for passage in hit.named()[: None if every_id else 1])
 
     def look_up(self, corpus: str | None, query: Query, k: int, *, rights: Rights = OWNER) -> Found:
@@ -102,8 +116,8 @@ class Library:
         words and its own questions taught to tell. Raises NotFound, Refused, BadRequest.
         """
         asked, corpora, found = self._found(corpus, query, k, rights, None)
-        passages = tuple(hit.named()[0] for hit in self._ranked(asked, corpora, found, k))
-        if len(corpora) > 1 or not asked.text or not asked.dense:
+        passages = tuple(hit.named()[0] for hit in self._stages.ranked(asked, corpora, found, k))
+        if len(corpora) > 1 or not (asked.text and asked.dense and found[0].ready) or self.trouble:
             return Found(passages)
         return corpora[0].tuned().judged(passages, asked.text, found[0].rarity, found[0].hits)
 
@@ -129,8 +143,14 @@ class Library:
         self._corpus(name).tune(learned)
 
     def candidates(self, name: str, query: str) -> Candidates:
-        """What is ranked in a search of one corpus, in no order. Raises NotFound."""
-        return self._corpus(name).candidates(Asked(self._vector(query), query), POOL, OWNER)
+        """What is ranked in a search of one corpus, in no order. Raises NotFound, and NotReady where meaning is not
+        searched for now: nothing is to be learned from that."""
+        found = self._corpus(name).candidates(Asked(self._vector(query), query), POOL, OWNER)
+        if self.trouble:
+            raise NotReady(self.trouble)
+        if not found.ready:
+            raise NotReady(f"The vectors of {name} are still being made; repeat when `hybrid index` has ended.")
+        return found
 
     def _found(
         self, corpus: str | None, query: Query, k: int, rights: Rights, matches: Matches | None
@@ -143,49 +163,21 @@ class Library:
             raise NotFound("There is no corpus yet; `hybrid index DIR --name NAME` makes one.", param="corpus")
         corpora = [self._corpus(name, rights) for name in names]
         asked = self._asked(query)
-        wanted = max(k, POOL) if asked.text or self._settings.mmr else k
+        wanted = max(k, POOL) if asked.said or self._settings.mmr else k
         return asked, corpora, [one.candidates(asked, wanted, rights, matches) for one in corpora]
 
     def _asked(self, query: Query) -> Asked:
         text = query if isinstance(query, str) else query.text if isinstance(query, Question) else ""
         vector, way = self._vector(query), self._settings.search
-        return Asked(vector, text if way != "dense" else "", way != "lexical" or not text)
+        return Asked(vector, text if way != "dense" else "", way != "lexical" or not text, text)
 
-    def _ranked(self, asked: Asked, corpora: Sequence[Corpus], found: Sequence[Candidates], k: int) -> list[Hit]:
-        """The `k` best of all candidates: fused, looked at more closely, spread out, as the settings say."""
-        settings, learned = self._settings, [corpus.tuned() for corpus in corpora]
-        weights = [self._weight(asked, tuned) for tuned, one in zip(learned, found, strict=True) for _ in one.hits]
-        hits = fused([hit for one in found for hit in one.hits], weights, settings.fusion)
-        if asked.text and self._cross is not None:
-            hits = reranked(hits, self._cross.scores(asked.text, hits[:CLOSER]))
-        elif asked.text and settings.rerank and len(corpora) == 1 and learned[0].reranker:
-            first = hits[:CLOSER]
-            hits = reranked(hits, learned[0].reranker.scores(features(asked.text, found[0].rarity, first)))
-        if not settings.mmr or len(hits) < 2:
-            return hits[:k]
-        return self._spread(corpora, hits[: max(k, CLOSER)], k)
-
-    def _weight(self, asked: Asked, tuned: Tuned) -> float:
-        """What the cosine counts: all of it where meaning alone is asked for, none where words alone are."""
-        if not asked.text or not asked.dense:
-            return float(not asked.text)
-        return tuned.weight if self._settings.weight is None else self._settings.weight
-
-    def _spread(self, corpora: Sequence[Corpus], hits: Sequence[Hit], k: int) -> list[Hit]:
-        vectors = {c.name: c.vectors([hit.row for hit in hits if hit.corpus == c.name]) for c in corpora}
-        kept = [hit for hit in hits if hit.row in vectors[hit.corpus]]
-        return spread(kept, np.stack([vectors[hit.corpus][hit.row] for hit in kept]), k, self._settings.mmr)
-
-    def sample(self, name: str, limit: int, seed: int) -> tuple[tuple[Passage, ...], Vectors]:
-        """At most `limit` passages of a corpus, chosen by `seed`, and their vectors float32 [n, dim]."""
-        corpus = self._corpus(name)
-        meta = corpus.meta()
-        rows = np.array(corpus.store.rows(), np.int64)
-        if len(rows) > limit:
-            rows = np.sort(np.random.default_rng(seed).choice(rows, limit, replace=False))
-        named = corpus.store.passages(rows.tolist())
-        kept, vectors = corpus.store.vectors(meta.dim, only=[int(row) for row in rows if int(row) in named])
-        return tuple(replace(named[int(row)][0], corpus=name) for row in kept), vectors
+    def sample(
+        self, name: str, limit: int, seed: int, *, rights: Rights = OWNER, near: Vectors | None = None
+    ) -> tuple[tuple[Passage, ...], Vectors]:
+        """At most `limit` passages of a corpus, chosen by `seed`, and their vectors float32 [n, dim]; those nearest to
+        `near`, a unit vector [dim], are always among them. Only what `rights` may see is looked at.
+        """
+        return self._corpus(name, rights).sample(limit, seed, rights, near)
 
     def called(self, name: str, ids: Sequence[str]) -> dict[str, list[Passage]]:
         """By each of these ids that the corpus knows, the passage of that id, or the pieces of that document.
@@ -216,14 +208,31 @@ class Library:
         """
         with self._writing(name, progress) as (corpus, ingest):
             report = ingest.run(path, rebuild=rebuild)
-            corpus.publish()
+            corpus.keep_up()
         return report
+
+    def rebuild(self, name: str, progress: Progress | None = None) -> CorpusInfo:
+        """Makes every vector of a corpus again with the embedder of now, then a generation of them; until both are
+        there, searches see the old ones. What `progress` raises ends it and changes nothing. Raises NotFound."""
+        self._corpus(name)
+        with self._writing(name, progress) as (corpus, ingest):
+            ingest.embed_again()
+            corpus.publish()
+        return corpus.info()
+
+    def stale(self, name: str) -> bool:
+        """Whether another embedder made a corpus's vectors, so that it must be rebuilt. Raises NotFound."""
+        meta = self._corpus(name).store.meta()
+        return meta is not None and meta.digest != self.embedder.digest
 
     def refresh(self) -> None:
         """Takes up what other processes published, so that the next search need not. Cheap when nothing changed."""
+        if self._engine is not None:
+            self._engine.probe()
         for name in self.names():
             try:
                 self._corpus(name).snapshot()
+                self._corpus(name).settle()
             except HybridError as error:
                 log.debug("%s cannot be searched: %s", name, error.message)
 
@@ -237,6 +246,7 @@ class Library:
         file: Path | None = None,
         about: About | None = None,
         cut: tuple[int, int] | None = None,
+        progress: Progress | None = None,
     ) -> DocumentInfo:
         """Adds one document under an id of the caller's, or replaces it; the corpus is made when there is none.
 
@@ -248,7 +258,7 @@ class Library:
         embedder, NotFound never.
         """
         read = one_document(document, title, text, file, parse_limits(self._settings))
-        with self._writing(name, cut=cut) as (corpus, ingest):
+        with self._writing(name, progress, cut) as (corpus, ingest):
             if ingest.add(read, about):
                 corpus.publish_when_due()
         return corpus.store.documents(document)[0]
@@ -284,14 +294,17 @@ class Library:
         """Takes a corpus away. What made it (a recipe, documents) stays. Raises NotFound."""
         self._corpus(name)
         folder = self._folder(name)
-        with corpus_lock(folder), self._opening:
-            opened = self._open.pop(name, None)
-            if opened:
-                opened[1].store.close()
-            # the database first: SQLite throws the log of a database away that is not there
-            for file in [folder / "store.db", *folder.glob("store*.db*"), folder / FILE]:
-                file.unlink(missing_ok=True)
-            shutil.rmtree(folder / "generations", ignore_errors=True)
+        with corpus_lock(folder):
+            with self._opening:
+                opened = self._open.pop(name, None)
+                if opened:
+                    opened[1].store.close()
+                # the database first: SQLite throws the log of a database away that is not there
+                for file in [folder / "store.db", *folder.glob("store*.db*"), folder / FILE]:
+                    file.unlink(missing_ok=True)
+                shutil.rmtree(folder / "generations", ignore_errors=True)
+            if self._engine is not None:
+                self._engine.tidy(folder)
 
     def rename(self, name: str, new: str) -> None:
         """Gives a corpus another name; one that holds nothing yet has none. Raises Conflict, Refused."""
@@ -334,6 +347,8 @@ class Library:
             for _, corpus in self._open.values():
                 corpus.store.close()
             self._open.clear()
+        if self._engine is not None:
+            self._engine.close()
 
     @contextlib.contextmanager
     def _writing(
@@ -345,7 +360,7 @@ class Library:
         settings = self._settings.model_copy(update={"chunk_tokens": size, "overlap_tokens": overlap})
         with spoken(folder), corpus_lock(folder):
             corpus = self._reopen(name)
-            yield corpus, Ingest(name, corpus.store, self.embedder, settings, progress)
+            yield corpus, Ingest(name, corpus.store, self.embedder, settings, progress, corpus.publish)
 
     def _vector(self, query: Query) -> Vectors:
         if isinstance(query, str):
@@ -375,7 +390,7 @@ class Library:
             inode = database.stat().st_ino if database.exists() else 0
             if opened and opened[0] == inode:
                 return opened[1]
-            corpus = Corpus(name, folder, self.embedder)
+            corpus = Corpus(name, folder, self.embedder, self._settings, self._engine)
             self._open[name] = (database.stat().st_ino, corpus)
             return corpus
 

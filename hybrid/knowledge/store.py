@@ -8,24 +8,26 @@ ids it came with; a search answers through `names`, so what is deleted here cann
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import Connection, Select, bindparam, delete, func, insert, select, update
+from sqlalchemy import Connection, Select, String, bindparam, delete, func, insert, select, type_coerce, update
 
 from hybrid.knowledge.chunk import Piece
 from hybrid.knowledge.embed import Vectors
 from hybrid.knowledge.faults import speak, spoken
-from hybrid.knowledge.tables import SCHEMA, documents, meta, names, passages, schema
+from hybrid.knowledge.tables import SCHEMA, documents, meta, names, passages, schema, waiting
 from hybrid.state import open_sqlite, upgrade
 from hybrid.types import JSON, Passage
 
 Rows = npt.NDArray[np.int64]
+T = TypeVar("T", bound=Hashable)
 
 _IN = 10_000  # below SQLite's limit of parameters
 
@@ -88,6 +90,21 @@ class DocumentInfo:
         return {**{key: value for key, value in row.items() if key != "about"}, **row["about"]}
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Holdings:
+    """What a corpus holds at one moment. `door` and `kind` int64 [documents] say which of the `doors` (owner, groups)
+    and which of the `attributes` a document has, `at` and `rows` int64 [pairs], by row, which document names which
+    passage."""
+
+    place: Mapping[str, int]
+    doors: Sequence[tuple[str, tuple[str, ...]]]
+    door: Rows
+    attributes: Sequence[Mapping[str, Any]]
+    kind: Rows
+    at: Rows
+    rows: Rows
+
+
 def text_hash(text: str) -> str:
     """The key under which a passage's text is stored once."""
     return hashlib.sha256(text.encode()).hexdigest()
@@ -142,17 +159,27 @@ class Store:
         abouts = [About(r.pop("attributes"), r.pop("owner"), tuple(r.pop("groups"))) for r in rows]
         return [DocumentInfo(**row, about=about) for row, about in zip(rows, abouts, strict=True)]
 
-    def holdings(self) -> tuple[list[str], list[About], Rows, Rows]:
-        """Every document and what it carries, then as pairs int64 [n] which of them names which passage's row."""
-        columns = (documents.c.id, documents.c.attributes, documents.c.owner, documents.c.groups)
+    def holdings(self) -> Holdings:
+        """Every document, what it carries, and which passages it names."""
+        texts = [type_coerce(c, String).label(c.name) for c in (documents.c.attributes, documents.c.groups)]
         with self._engine.connect() as connection:
-            listed = connection.execute(select(*columns).order_by(documents.c.id)).all()
-            place = {row.id: i for i, row in enumerate(listed)}
-            named = connection.execute(select(names.c.document, names.c.passage))
-            pairs = [(place[n.document], n.passage) for n in named if n.document in place]
-        abouts = [About(row.attributes, row.owner, tuple(row.groups)) for row in listed]
+            listed = connection.execute(select(documents.c.id, documents.c.owner, *texts)).all()
+            named = connection.execute(select(names.c.document, names.c.passage)).all()
+        place = {row[0]: i for i, row in enumerate(listed)}
+        pairs = [(place[document], passage) for document, passage in named if document in place]
         at, rows = np.array(pairs, np.int64).reshape(-1, 2).T
-        return list(place), abouts, at, rows
+        order = np.argsort(rows, kind="stable")
+        door, doors = _numbered([(row[1], row[3]) for row in listed])
+        kind, kinds = _numbered([row[2] for row in listed])
+        return Holdings(
+            place=place,
+            doors=[(owner, tuple(json.loads(groups))) for owner, groups in doors],
+            door=door,
+            attributes=[json.loads(text) for text in kinds],
+            kind=kind,
+            at=at[order],
+            rows=rows[order],
+        )
 
     def size(self) -> int:
         """The bytes of all documents' texts."""
@@ -174,14 +201,30 @@ class Store:
             counted = [connection.scalar(select(func.count()).select_from(t)) or 0 for t in (passages, documents)]
         return counted[0], counted[1]
 
-    def rows(self) -> list[int]:
-        """Every passage's row number, ascending."""
+    def rows(self, after: int = 0) -> list[int]:
+        """The row number of every passage, or of those after a row, ascending.
+
+        Every passage has a name, and the index of names is a hundredth of what the passages take on disk.
+        """
+        query = select(names.c.passage).where(names.c.passage > after).distinct().order_by(names.c.passage)
         with self._engine.connect() as connection:
-            return list(connection.scalars(select(passages.c.row).order_by(passages.c.row)))
+            return list(connection.scalars(query))
+
+    def waiting(self) -> list[int]:
+        """The rows of the passages whose vector is still to be made, ascending."""
+        with self._engine.connect() as connection:
+            return list(connection.scalars(select(waiting.c.passage).order_by(waiting.c.passage)))
+
+    def is_waiting(self) -> bool:
+        """Whether a vector is still to be made."""
+        with self._engine.connect() as connection:
+            return connection.scalar(select(waiting.c.passage).limit(1)) is not None
 
     def vectors(self, dim: int, *, after: int = 0, only: Sequence[int] | None = None) -> tuple[Rows, Vectors]:
-        """(row numbers int64 [n], vectors float32 [n, dim]) of the passages after a row, or of `only` these."""
-        query = select(passages.c.row, passages.c.vector).order_by(passages.c.row)
+        """(row numbers int64 [n], vectors float32 [n, dim]) of the passages after a row, or of `only` these. One whose
+        vector is still to be made is left out."""
+        there = func.length(passages.c.vector) > 0
+        query = select(passages.c.row, passages.c.vector).where(there).order_by(passages.c.row)
         with self._engine.connect() as connection:
             if only is None:
                 found = connection.execute(query.where(passages.c.row > after)).all()
@@ -219,6 +262,7 @@ class Change:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._loose: set[int] = set()  # rows that lost a name in this transaction
 
     def begin(self, embedder: str, digest: str, dim: int) -> None:
         """The row of `meta` of a corpus whose vectors this embedder makes; a row that exists keeps its counters."""
@@ -226,34 +270,32 @@ class Change:
         if self._connection.execute(update(meta).values(**values)).rowcount == 0:
             self._connection.execute(insert(meta).values(id=1, revision=0, generation=0, manifest="", **values))
 
-    def clear(self) -> None:
-        """Takes every document away."""
-        for table in (names, documents, passages):
-            self._connection.execute(delete(table))
-
     def remove(self, ids: Iterable[str]) -> None:
         """Takes documents away with their ids; texts that no id names any more go at `sweep`."""
         for part in _parts(list(ids)):
+            named = select(names.c.passage).where(names.c.document.in_(part))
+            self._loose.update(self._connection.scalars(named))
             self._connection.execute(delete(documents).where(documents.c.id.in_(part)))
 
     def put(self, entries: Sequence[Entry], vectors: Mapping[str, Any]) -> None:
-        """Adds documents or replaces them. `vectors` holds, by the hash of the text, those not stored yet."""
+        """Adds documents or replaces them. `vectors` holds, by the hash of the text, those not stored yet; with None
+        the text waits for its vector."""
         before = self._abouts([entry.id for entry in entries])
         self.remove(entry.id for entry in entries)
         texts = {text_hash(p.text): p.text for entry in entries for p in entry.pieces}
-        new = [{"hash": h, "text": texts[h], "vector": v.astype(np.float32).tobytes()} for h, v in vectors.items()]
+        new = [{"hash": h, "text": texts[h], "vector": _bytes(v)} for h, v in vectors.items()]
         if new:
             self._connection.execute(insert(passages), new)
         rows: dict[str, int] = {}
         for part in _parts(list(texts)):
             found = self._connection.execute(select(passages.c.hash, passages.c.row).where(passages.c.hash.in_(part)))
             rows.update((str(r.hash), int(r.row)) for r in found)
+        late = [{"passage": rows[h]} for h, v in vectors.items() if v is None]
         listed = [_document_row(e, e.about or before.get(e.id, About())) for e in entries]
         named = [line for entry in entries for line in _name_rows(entry, rows)]
-        if listed:
-            self._connection.execute(insert(documents), listed)
-        if named:
-            self._connection.execute(insert(names), named)
+        for table, lines in ((waiting, late), (documents, listed), (names, named)):
+            if lines:
+                self._connection.execute(insert(table), lines)
 
     def describe(self, document: str, about: About) -> None:
         """Changes what a document carries besides its words."""
@@ -269,19 +311,41 @@ class Change:
 
     def replace_vectors(self, vectors: Mapping[int, Any]) -> None:
         """Gives every passage a new vector, by row; the generations that hold the old ones are current no more."""
-        rows = [{"at": row, "new": vector.astype(np.float32).tobytes()} for row, vector in vectors.items()]
+        self.fill(vectors)
+        self._connection.execute(delete(waiting))
+        self.flip(0, "")
+
+    def fill(self, vectors: Mapping[int, Any]) -> None:
+        """Writes the vectors of passages, by row; they wait no more."""
+        rows = [{"at": row, "new": _bytes(vector)} for row, vector in vectors.items()]
         if rows:
             where = passages.c.row == bindparam("at")
             self._connection.execute(update(passages).where(where).values(vector=bindparam("new")), rows)
-        self.flip(0, "")
+        for part in _parts(list(vectors)):
+            self._connection.execute(delete(waiting).where(waiting.c.passage.in_(part)))
 
     def sweep(self) -> None:
-        """Forgets the texts that no document holds any more."""
-        self._connection.execute(delete(passages).where(passages.c.row.not_in(select(names.c.passage))))
+        """Forgets the texts that lost a name in this transaction and have no other."""
+        for part in _parts(sorted(self._loose)):
+            named = select(names.c.passage).where(names.c.passage.in_(part))
+            nameless = passages.c.row.in_(part) & passages.c.row.not_in(named)
+            self._connection.execute(delete(passages).where(nameless))
 
     def flip(self, generation: int, manifest: str) -> None:
         """Makes a published generation the current one; `manifest` is the SHA-256 of its manifest."""
         self._connection.execute(update(meta).values(generation=generation, manifest=manifest))
+
+
+def _numbered(values: Sequence[T]) -> tuple[Rows, list[T]]:
+    """Which of the distinct values each is, int64 [n], and those in the order they came."""
+    numbers: dict[T, int] = {}
+    which = [numbers.setdefault(value, len(numbers)) for value in values]
+    return np.array(which, np.int64), list(numbers)
+
+
+def _bytes(vector: Vectors | None) -> bytes:
+    """A vector as it is stored; no bytes where it is still to be made."""
+    return b"" if vector is None else vector.astype(np.float32).tobytes()
 
 
 def _document_row(entry: Entry, about: About) -> dict[str, Any]:

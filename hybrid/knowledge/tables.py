@@ -7,7 +7,7 @@ import time
 from sqlalchemy import JSON, Column, Float, ForeignKey, Index, Integer, LargeBinary, MetaData, String, Table, Text
 
 #: the number of this schema; the first one was written without a number
-SCHEMA = 2
+SCHEMA = 3
 
 schema = MetaData()
 
@@ -56,4 +56,10 @@ names = Table(
     Column("start", Integer, nullable=False),
     Column("end", Integer, nullable=False),
     Index("names_by_passage", "passage", "seq"),
+)  # fmt: skip
+
+#: passages that are found by their words already and whose vector is still to be made: it is empty until then
+waiting = Table(
+    "waiting", schema,
+    Column("passage", Integer, ForeignKey("passages.row", ondelete="CASCADE"), primary_key=True, autoincrement=False),
 )  # fmt: skip
