@@ -203,6 +203,7 @@ def test_startup_starts_stops_and_tells_when(served: Served, tmp_path: Path) -> 
     found = json.loads(done.stdout)
     (row,) = found["rows"]
     assert 0 < row["livez_s"] <= row["readyz_s"] <= row["first_token_s"]
+    assert 0 < row["engine_begun_s"] < row["readyz_s"], "the engine starts before the server is ready"
     assert found["summary"]["engine"] == "scripted"
     assert not list(tmp_path.iterdir()), "a benchmark writes nothing but its result"
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hybrid.bench import answerable, embed, gate, hotload, ingest, retrieval, routing, startup, survive, train
+from hybrid.bench import answerable, embed, gate, gateway, hotload, ingest, retrieval, routing, startup, survive, train
 from hybrid.bench import eval as evaluator
 from hybrid.bench.result import Result
 
@@ -30,6 +30,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "embed": Benchmark("How fast passages and questions become vectors, and how exact these are.", embed.measure),
     "ingest": Benchmark("Whether an ingest that is killed loses or invents a document.", ingest.measure),
     "eval": Benchmark("How much of the engine's own speed the evaluator uses, on the same prompts.", evaluator.measure),
+    "gateway": Benchmark("What the way through the gateway costs, beside the engine itself and LiteLLM.", gateway.measure),
     "startup": Benchmark("How long a start takes, from the command to the first token.", startup.measure),
     "retrieval": Benchmark("How well each stage of a search finds what answers, and how fast.", retrieval.measure),
     "answerable": Benchmark("How often `rag` says that an answer is missing, rightly and wrongly.", answerable.measure),

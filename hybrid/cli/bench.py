@@ -26,6 +26,8 @@ from hybrid.state import State
 from hybrid.training.recipes import load_recipe, parse_sets
 
 app = typer.Typer(help="Benchmarks: numbers of this machine and home beside their goals.", no_args_is_help=True)
+#: one process cannot ask for more
+MAX_RATE = 2_000
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
 
 
@@ -171,6 +173,32 @@ def evaluate(
         _show(run, json_)
 
 
+@app.command("gateway", help=BENCHMARKS["gateway"].description)
+def gateway(
+    litellm: Annotated[
+        Path | None,
+        typer.Option(metavar="BIN", help="the bin folder of an environment with LiteLLM, asked beside ours"),
+    ] = None,
+    streams: Annotated[int, typer.Option(min=1, help="streams that run at once")] = 16,
+    tokens: Annotated[int, typer.Option(min=1, help="tokens of each")] = 64,
+    rates: Annotated[str, typer.Option(help="requests a second, comma separated")] = "50,100,200",
+    seconds: Annotated[float, typer.Option(min=0.1, help="how long each rate is kept in a round")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="turns that each side takes; the intervals are over them")] = 5,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="where gateway.json and gateway.png are written")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Needs no running server: engines, gateways and the load are started for it, all on this machine."""
+    asked = _rates(rates)
+    with bar() as progress:
+        run = BENCHMARKS["gateway"].measure(
+            Settings.load(), litellm=litellm, streams=streams, tokens=tokens, rates=asked, seconds=seconds,
+            rounds=rounds, out=out, progress=progress,
+        )  # fmt: skip
+        _show(run, json_)
+
+
 @app.command("startup", help=BENCHMARKS["startup"].description)
 def startup(
     repeat: Annotated[int, typer.Option(min=1, help="starts in one home; the goal is for those after the first")] = 2,
@@ -242,6 +270,18 @@ def ingest(
         model = materialise(settings.embedder, settings.cache, progress)
         embedder = Embedder(model.path, model.name)
         _show(BENCHMARKS["ingest"].measure(embedder, kills=kills, seed=seed, progress=progress), json_)
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        rates = [float(rate) for rate in text.split(",") if rate.strip()]
+    except ValueError:
+        rates = []
+    if not rates or not all(0 < rate <= MAX_RATE for rate in rates):
+        raise BadRequest(
+            f"{text[:80]!r} is no list of rates from 0 to {MAX_RATE:,} a second; write 50,100.", param="rates"
+        )
+    return rates
 
 
 def _show(run: Coroutine[Any, Any, Result], json_: bool) -> None:

@@ -1,6 +1,6 @@
 """The scripted engine: a server that speaks vLLM's HTTP dialect and needs no model.
 
-    python -m hybrid.engine.scripted --uds PATH [--model NAME] [--max-model-len N] [--max-lora-rank R]
+    python -m hybrid.engine.scripted --uds PATH|--port N [--model NAME] [--max-model-len N] [--max-lora-rank R]
                                      [--start-delay S] [--load-delay S] [--crash-if FILE]
 
 Fast tests and fault injection run on it; `hybrid serve --engine scripted` shows the whole product without a model.
@@ -304,9 +304,12 @@ def _error(status: int, message: str, kind: str = "BadRequestError", param: str 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Serves on a UNIX socket until SIGTERM."""
+    """Serves on a UNIX socket, or a port, until SIGTERM."""
     parser = argparse.ArgumentParser(prog="hybrid.engine.scripted")
-    parser.add_argument("--uds", required=True)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--uds")
+    where.add_argument("--port", type=int)
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--model", default="scripted")
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--max-lora-rank", type=int, default=32)
@@ -318,7 +321,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(args.crash_if.read_text(encoding="utf-8").strip() or "told to crash")
     time.sleep(args.start_delay)
     server = Server(args.model, args.max_model_len, args.max_lora_rank, args.load_delay)
-    uvicorn.run(server.app(), uds=args.uds, log_level="warning", access_log=False, timeout_keep_alive=5)
+    where_to = {"uds": args.uds} if args.uds else {"host": args.host, "port": args.port}
+    uvicorn.run(server.app(), **where_to, log_level="warning", access_log=False, timeout_keep_alive=5)
 
 
 if __name__ == "__main__":
