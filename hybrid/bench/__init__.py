@@ -10,7 +10,21 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hybrid.bench import answerable, embed, gate, gateway, hotload, ingest, retrieval, routing, startup, survive, train
+from hybrid.bench import (
+    answerable,
+    embed,
+    gate,
+    gateway,
+    hotload,
+    ingest,
+    lora,
+    memory,
+    retrieval,
+    routing,
+    startup,
+    survive,
+    train,
+)
 from hybrid.bench import eval as evaluator
 from hybrid.bench.result import Result
 
@@ -31,6 +45,8 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "ingest": Benchmark("Whether an ingest that is killed loses or invents a document.", ingest.measure),
     "eval": Benchmark("How much of the engine's own speed the evaluator uses, on the same prompts.", evaluator.measure),
     "gateway": Benchmark("What the way through the gateway costs, beside the engine itself and LiteLLM.", gateway.measure),
+    "lora": Benchmark("What adapters cost on this machine, with our plugin and with vLLM's own products.", lora.measure),
+    "memory": Benchmark("What gateway and engine hold with few and many adapters, and whether it grows.", memory.measure),
     "startup": Benchmark("How long a start takes, from the command to the first token.", startup.measure),
     "retrieval": Benchmark("How well each stage of a search finds what answers, and how fast.", retrieval.measure),
     "answerable": Benchmark("How often `rag` says that an answer is missing, rightly and wrongly.", answerable.measure),

@@ -199,6 +199,32 @@ def gateway(
         _show(run, json_)
 
 
+@app.command("lora", help=BENCHMARKS["lora"].description)
+def lora(
+    rounds: Annotated[int, typer.Option(min=1, help="turns of each start that count; the intervals are over all")] = 4,
+    starts: Annotated[int, typer.Option(min=1, help="how often each engine is started")] = 2,
+    rank: Annotated[int, typer.Option(min=1, max=512, help="of the random adapters")] = 16,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="where lora.json and lora.png are written")] = None,
+    json_: Json = False,
+) -> None:
+    """Needs no running server: it starts two kinds of engine in turn, in temporary homes."""
+    settings = Settings.load()
+    with bar() as progress:
+        measure = BENCHMARKS["lora"].measure
+        _show(measure(settings, rounds=rounds, starts=starts, rank=rank, out=out, progress=progress), json_)
+
+
+@app.command("memory", help=BENCHMARKS["memory"].description)
+def memory(
+    requests: Annotated[int, typer.Option(min=20, help="how many are sent while adapters change places")] = 10_000,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="where memory.json and a picture are written")] = None,
+    json_: Json = False,
+) -> None:
+    """Needs no running server: it starts its own in a temporary home, with 32 random adapters."""
+    with bar() as progress:
+        _show(BENCHMARKS["memory"].measure(Settings.load(), requests=requests, out=out, progress=progress), json_)
+
+
 @app.command("startup", help=BENCHMARKS["startup"].description)
 def startup(
     repeat: Annotated[int, typer.Option(min=1, help="starts in one home; the goal is for those after the first")] = 2,
