@@ -142,14 +142,14 @@ _READS: Mapping[str, tuple[str, ...]] = {
 
 
 def shown_settings(settings: Settings) -> JSON:
-    """The settings that change answers, by what reads them; the gate's deadline and its log do not."""
+    """The settings that change answers, by what reads them; deadlines and the gate's log do not."""
     return {
         "system_prompt": settings.system_prompt,
         "few_shot_k": settings.gate.few_shot_k,
-        "retrieval": settings.retrieval.model_dump(mode="json"),
+        "retrieval": settings.retrieval.model_dump(mode="json", exclude={"vector_engine"}),
         "gate": settings.gate.model_dump(mode="json", exclude={"deadline_ms", "log_vectors", *_OF_USE}),
         **{name: getattr(settings.gate, name) for name in _OF_USE},
-        "moa": settings.moa.model_dump(mode="json", exclude={"max_calls", "max_tokens"}),
+        "moa": settings.moa.model_dump(mode="json", exclude={"deadline_s", "max_calls", "max_tokens"}),
     }
 
 

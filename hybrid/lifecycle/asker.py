@@ -15,8 +15,9 @@ from hybrid.lifecycle.rating import Raters
 from hybrid.models import ModelFiles
 from hybrid.settings import Settings
 
-#: while everything is asked at once a gate may take its time: its choice is measured, not the queue before it
-_GATE_DEADLINE_MS = 10_000.0
+#: while everything is asked at once, a gate and a panel's members may take their time: their choice and their answers
+#: are measured, not the queue before them
+_GATE_DEADLINE_MS, _MEMBER_DEADLINE_S = 10_000.0, 600.0
 
 
 @contextlib.asynccontextmanager
@@ -47,10 +48,14 @@ async def open_asker(
             yield Remembered(offer)
             return
         told("starting an engine for this run (`hybrid serve` keeps one running)", 0, 1)
-        patient = settings.gate.model_copy(update={"deadline_ms": _GATE_DEADLINE_MS})
-        served = settings.model_copy(update={"gate": patient})
-        async with open_gateway(served, told, Raters(settings)) as gateway:
+        async with open_gateway(_patient(settings), told, Raters(settings)) as gateway:
             await wait_ready(gateway, settings.engine.start_timeout_s, told)
             if embeds:
                 await gateway.embed(["."])  # loaded now, so that no answer's latency holds its start
             yield GatewayAsker(gateway, model.sha256)
+
+
+def _patient(settings: Settings) -> Settings:
+    gate = settings.gate.model_copy(update={"deadline_ms": _GATE_DEADLINE_MS})
+    moa = settings.moa.model_copy(update={"deadline_s": max(_MEMBER_DEADLINE_S, settings.moa.deadline_s)})
+    return settings.model_copy(update={"gate": gate, "moa": moa})

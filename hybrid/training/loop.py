@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CLIP = 1.0
 #: dev rows measured while training at most, and their tokens; the final numbers come from more
-DEV_GLANCE, GLANCE_TOKENS = 200, 24_000
+DEV_GLANCE, GLANCE_TOKENS = 200, 12_000
 #: how many times its own duration a save waits for the next one
 SAVE_SHARE = 20.0
 

@@ -18,7 +18,7 @@ from hybrid.training.objective import Forward, Measured, NextToken, Objective, m
 #: how rows become forward passes
 Cut = Callable[[Sequence[Encoded]], Iterable[Pack]]
 #: tokens of the dev rows whose loss ends a run: all rows of most tasks, some of those with passages
-FINAL_TOKENS = 96_000
+FINAL_TOKENS = 40_000
 
 
 @dataclass(frozen=True, slots=True)
