@@ -30,7 +30,7 @@ from hybrid.types import Arm, Strategy
 STEPS = (30, 90, 270, 810)
 _ROWS = 1000
 _BATCH, _HIDDEN, _WIDTH = 256, 64, 32
-_RATE, _DECAY, _DROPOUT = 3e-3, 0.3, 0.1
+_RATE, _DECAY, _DROPOUT = 1.5e-3, 1.0, 0.3
 #: what of the average a step leaves as it was
 _KEPT = 0.95
 #: an arm's strategy as one of so many columns; `base` is not among what a gate chooses from
