@@ -103,9 +103,13 @@ class Attacher:
         about = About(row["attributes"], row["caller"] if row["groups"] else "", tuple(row["groups"]))
         static = row["chunking"]
         cut = (static["max_chunk_size_tokens"], static["chunk_overlap_tokens"]) if static else None
+
+        def progress(step: str, done: int, total: int) -> None:
+            self._attachments.tell(row, step.partition(" ")[0], done, total)
+
         with self._named(row) as file:
             done = self._corpora.library.add_document(
-                self._name(row), row["file"], title=row["filename"], file=file, about=about, cut=cut
+                self._name(row), row["file"], title=row["filename"], file=file, about=about, cut=cut, progress=progress
             )
         return done.bytes
 

@@ -47,6 +47,7 @@ class Attachments:
     def __init__(self, state: State, corpora: Corpora) -> None:
         self.corpora = corpora
         self._state = state
+        self._steps: dict[tuple[str, str], JSON] = {}
 
     def attach(self, corpus: JSON, wanted: Sequence[Wanted], caller: str, *, batch: bool = False) -> str | None:
         """Puts files in line for a corpus; returns the batch's id where one was asked for.
@@ -92,7 +93,7 @@ class Attachments:
             if rights.reads(document.about.owner, document.about.groups) and (batch is None or document.id in rows)
         ]
         done = {row["file"] for row in found}
-        waiting = [row for row in rows.values() if row["status"] != "completed" and row["file"] not in done]
+        waiting = [self._far(row) for row in rows.values() if row["status"] != "completed" and row["file"] not in done]
         found += [row for row in waiting if rights.reads(row["caller"] if row["groups"] else "", row["groups"])]
         return sorted(found, key=lambda row: (row["created"], row["file"]))
 
@@ -109,7 +110,7 @@ class Attachments:
             return _of_document(document, row, corpus)
         if row["status"] == _DELETING or not rights.reads(row["caller"] if row["groups"] else "", row["groups"]):
             raise _unknown(file_id)
-        return row
+        return self._far(row)
 
     def counts(self, corpus: JSON, batch: str | None = None) -> dict[str, int]:
         """How many files are in which status, and `total`."""
@@ -183,8 +184,13 @@ class Attachments:
         now = self._row(row["corpus"], row["file"])
         return now is not None and now["status"] == "in_progress"
 
+    def tell(self, row: JSON, phase: str, done: int, total: int) -> None:
+        """How far the one at work is: `done` of `total` passages of a phase. Nothing is written down."""
+        self._steps[row["corpus"], row["file"]] = {"phase": phase, "done": done, "total": total}
+
     def end(self, row: JSON, status: str, code: str | None = None, error: str | None = None, size: int = 0) -> bool:
         """It came to this. A file that was cancelled meanwhile stays so; returns whether it was still wanted."""
+        self._steps.pop((row["corpus"], row["file"]), None)
         one = (table.c.seq == row["seq"]) & (table.c.status == "in_progress")
         with self._state.transaction() as connection:
             values = {"status": status, "error_code": code, "error": error, "bytes": size}
@@ -204,6 +210,13 @@ class Attachments:
             self.corpora.library.delete_document(self.corpora.get(corpus_id, Rights())["name"], file_id)
         with self._state.transaction() as connection:
             connection.execute(delete(table).where(table.c.corpus == corpus_id, table.c.file == file_id))
+
+    def _far(self, row: JSON) -> JSON:
+        """The row of a file that is not there yet, with how far it is."""
+        if row["status"] != "in_progress":
+            return row
+        began = {"phase": "reading" if row["tries"] else "waiting", "done": 0, "total": 0}
+        return {**row, "progress": self._steps.get((row["corpus"], row["file"]), began)}
 
     def _documents(self, corpus: JSON) -> list[DocumentInfo]:
         return self.corpora.library.documents(corpus["name"]) if self.corpora.info(corpus) else []

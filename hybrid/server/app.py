@@ -22,6 +22,7 @@ from hybrid.lifecycle.corpora import Corpora
 from hybrid.lifecycle.evaluations import EvaluationBook
 from hybrid.lifecycle.evaluator import Evaluator
 from hybrid.lifecycle.orders import Orders
+from hybrid.lifecycle.rebuilds import Rebuilder
 from hybrid.lifecycle.runner import Runner
 from hybrid.server import (
     adapters,
@@ -31,6 +32,7 @@ from hybrid.server import (
     evaluations,
     files,
     health,
+    library,
     models,
     tuning,
     vector_files,
@@ -47,7 +49,7 @@ from hybrid.training.jobs import JobBook
 log = logging.getLogger("hybrid.server")
 ROUTERS = (
     chat.router, models.router, adapters.router, decisions.router, files.router, vector_files.router,
-    vector_stores.router, tuning.router, evaluations.router, health.router,
+    vector_stores.router, library.router, tuning.router, evaluations.router, health.router,
 )  # fmt: skip
 
 
@@ -59,6 +61,7 @@ def create_app(gateway: Gateway, settings: Settings, *, token: str | None = None
     attachments = Attachments(gateway.state, corpora)
     uploads = Files(settings.rooms, gateway.state)
     attacher = Attacher(settings.rooms, attachments, uploads, busy=lambda: gateway.answering > 0)
+    rebuilder = Rebuilder(corpora, busy=lambda: gateway.answering > 0)
     house = House(
         gateway,
         settings,
@@ -71,6 +74,7 @@ def create_app(gateway: Gateway, settings: Settings, *, token: str | None = None
         evaluator,
         corpora,
         attachments,
+        rebuilder,
     )
     app = FastAPIOffline(
         title="hybrid",
@@ -78,7 +82,7 @@ def create_app(gateway: Gateway, settings: Settings, *, token: str | None = None
         description="OpenAI's API over one base model, many adapters and a gate; the model 'auto' lets it decide.",
         redirect_slashes=False,
         redoc_url=None,
-        lifespan=lambda _: beside(_runner(gateway, settings).run(), evaluator.run(), attacher.run()),
+        lifespan=lambda _: beside(_runner(gateway, settings).run(), evaluator.run(), attacher.run(), rebuilder.run()),
     )
     app.state.house = house
     for router in ROUTERS:

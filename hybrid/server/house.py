@@ -13,6 +13,7 @@ from hybrid.lifecycle.corpora import Corpora
 from hybrid.lifecycle.evaluations import EvaluationBook
 from hybrid.lifecycle.evaluator import Evaluator
 from hybrid.lifecycle.orders import Orders
+from hybrid.lifecycle.rebuilds import Rebuilder
 from hybrid.server.metrics import Metrics
 from hybrid.settings import Settings
 from hybrid.training.files import Files
@@ -56,6 +57,7 @@ class House:
     evaluator: Evaluator
     corpora: Corpora
     attachments: Attachments
+    rebuilds: Rebuilder
 
     @property
     def context(self) -> int:

@@ -17,6 +17,7 @@ MAX_BATCH = 2_000
 MAX_DAYS = 3_650
 MAX_QUERIES, MAX_QUERY = 16, 20_000
 MAX_RESULTS, RESULTS = 50, 10
+MAX_SPOTS, SPOTS = 5_000, 2_000
 _ID = re.compile(r"[^\x00-\x1f\x7f]{1,512}")
 
 
@@ -150,11 +151,19 @@ def threshold(body: Mapping[str, Any]) -> float:
     return float(value)
 
 
+def spots(body: Mapping[str, Any]) -> int:
+    """`limit`: passages on a map."""
+    value = body.get("limit", SPOTS)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SPOTS:
+        raise BadRequest(f"`limit` is a whole number from 1 to {MAX_SPOTS:,}.", param="limit")
+    return value
+
+
 # --- rows as OpenAI's objects ---------------------------------------------------------------------------------------
 
 
-def store_object(row: JSON, counts: Mapping[str, int], size: int) -> JSON:
-    """A `vector_store`; `hybrid.groups` says who sees it besides the key that made it."""
+def store_object(row: JSON, counts: Mapping[str, int], size: int, more: JSON) -> JSON:
+    """A `vector_store`; `hybrid.groups` says who sees it besides the key that made it, and `more` stands with it."""
     expires = None if row["days"] is None else int(row["active"] + row["days"] * DAY_S)
     return {
         "id": row["id"],
@@ -169,12 +178,12 @@ def store_object(row: JSON, counts: Mapping[str, int], size: int) -> JSON:
         "expires_at": expires,
         "last_active_at": int(row["active"]),
         "metadata": row["notes"],
-        "hybrid": {"corpus": row["name"], "groups": row["groups"]},
+        "hybrid": {"corpus": row["name"], "groups": row["groups"], **more},
     }
 
 
 def file_object(row: JSON) -> JSON:
-    """A `vector_store.file`."""
+    """A `vector_store.file`; `hybrid.progress` says how far one that is in progress is."""
     error = {"code": row["error_code"] or "server_error", "message": row["error"]} if row["error"] else None
     static = row["chunking"]
     return {
@@ -187,7 +196,7 @@ def file_object(row: JSON) -> JSON:
         "last_error": error,
         "attributes": row["attributes"],
         "chunking_strategy": {"type": "static", "static": static} if static else {"type": "other"},
-        "hybrid": {"filename": row["filename"], "groups": row["groups"]},
+        "hybrid": {"filename": row["filename"], "groups": row["groups"], "progress": row.get("progress")},
     }
 
 
@@ -206,14 +215,19 @@ def batch_object(row: JSON, counts: Mapping[str, int]) -> JSON:
 
 
 def result_object(passage: Passage, found: Mapping[str, Any]) -> JSON:
-    """One result of a search: `filename` is the passage's id, `file_id` its document's."""
+    """One result of a search: `filename` is the passage's id, `file_id` its document's; `scores` are each stage's,
+    `alike` counts those left out because they say almost the same."""
     return {
         "file_id": passage.document,
         "filename": passage.id,
         "score": round(min(max(passage.score, 0.0), 1.0), 6),
         "attributes": dict(found),
         "content": [{"type": "text", "text": passage.text}],
-        "hybrid": {"title": passage.title},
+        "hybrid": {
+            "title": passage.title,
+            "scores": passage.scores.wire() if passage.scores else None,
+            "alike": passage.alike,
+        },
     }
 
 

@@ -69,7 +69,11 @@ async def content(request: Request, store_id: str, file_id: str) -> Response:
         if here.attachments.get(row, file_id, rights)["status"] != "completed":
             return []
         found = here.gateway.library.called(row["name"], [file_id]).get(file_id, [])
-        return [{"type": "text", "text": one.text} for one in found if one.document == file_id]
+        return [
+            {"type": "text", "text": one.text, "hybrid": {"id": one.id, "title": one.title}}
+            for one in found
+            if one.document == file_id
+        ]
 
     data = await asyncio.to_thread(passages)
     return JSONResponse(

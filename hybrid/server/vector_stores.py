@@ -39,9 +39,16 @@ def wanted(here: House, who: str, file_id: str, body: JSON, rights: Rights) -> W
     return Wanted(file_id, row["filename"], read.attributes(body), groups, read.chunking(body))
 
 
-def _told(here: House, row: JSON) -> JSON:
+def store_told(here: House, row: JSON) -> JSON:
+    """A corpus as the API tells it: how many passages, whether it must be rebuilt, and how far that is."""
     info = here.corpora.info(row)
-    return read.store_object(row, here.attachments.counts(row), info.bytes if info else 0)
+    more = {
+        "passages": info.passages if info else 0,
+        "stage": info.stage if info else "meaning",
+        "stale": info is not None and here.gateway.library.stale(row["name"]),
+        "rebuild": here.rebuilds.told(row),
+    }
+    return read.store_object(row, here.attachments.counts(row), info.bytes if info else 0, more)
 
 
 @router.post(STORES, openapi_extra=body_schema(name={"type": "string"}, file_ids={"type": "array"}))
@@ -62,7 +69,7 @@ async def create(request: Request) -> Response:
         )
         if files:
             here.attachments.attach(row, files, who)
-        return _told(here, row)
+        return store_told(here, row)
 
     return JSONResponse(await asyncio.to_thread(made))
 
@@ -77,7 +84,7 @@ async def list_stores(
     def listed() -> JSON:
         rows = here.corpora.listed(rights)
         found, more = read.paged(rows, after=after, before=before, limit=limit, newest=order == "desc")
-        return page([_told(here, row) for row in found], more)
+        return page([store_told(here, row) for row in found], more)
 
     return JSONResponse(await asyncio.to_thread(listed))
 
@@ -86,7 +93,7 @@ async def list_stores(
 async def retrieve(request: Request, store_id: str) -> Response:
     """One of them."""
     here, rights = house(request), rights_of(request)
-    return JSONResponse(await asyncio.to_thread(lambda: _told(here, here.corpora.get(store_id, rights))))
+    return JSONResponse(await asyncio.to_thread(lambda: store_told(here, here.corpora.get(store_id, rights))))
 
 
 @router.post(STORE, openapi_extra=body_schema(name={"type": "string"}, metadata={"type": "object"}))
@@ -105,7 +112,7 @@ async def modify(request: Request, store_id: str) -> Response:
             values["groups"] = groups
         name = read.text(body, "name", read.MAX_NAME)
         row = here.corpora.change(row, rights, **values)
-        return _told(here, here.corpora.rename(row, name) if name else row)
+        return store_told(here, here.corpora.rename(row, name) if name else row)
 
     return JSONResponse(await asyncio.to_thread(changed))
 
@@ -114,7 +121,13 @@ async def modify(request: Request, store_id: str) -> Response:
 async def delete(request: Request, store_id: str) -> Response:
     """Takes a corpus away with its passages; the uploads stay."""
     here, rights = house(request), rights_of(request)
-    await asyncio.to_thread(lambda: here.corpora.delete(here.corpora.writable(store_id, rights)))
+
+    def gone() -> None:
+        row = here.corpora.writable(store_id, rights)
+        here.rebuilds.cancel(row)  # it holds the corpus's lock
+        here.corpora.delete(row)
+
+    await asyncio.to_thread(gone)
     return JSONResponse({"id": store_id, "object": "vector_store.deleted", "deleted": True})
 
 
