@@ -24,7 +24,7 @@ class Logistic:
     def logits(self, rows: Floats) -> Floats:
         """The log-odds [n] of rows [n, d]."""
         standard = (rows - np.array(self.mean)) / np.array(self.scale)
-        return standard @ np.array(self.weights) + self.bias  # type: ignore[no-any-return]
+        return standard @ np.array(self.weights) + self.bias
 
     def scores(self, rows: Floats) -> Floats:
         """The probability [n] that each of the rows [n, d] is right."""
