@@ -16,6 +16,7 @@ from hybrid.bench.eval import ARMS
 from hybrid.bench.result import Result
 from hybrid.bench.routing import Owned
 from hybrid.bench.train import RIVALS
+from hybrid.bench.vectors import DIM, KINDS, POINTS
 from hybrid.cli.say import bar, data, text
 from hybrid.errors import BadRequest, NotReady
 from hybrid.knowledge.embed import Embedder
@@ -223,6 +224,50 @@ def memory(
     """Needs no running server: it starts its own in a temporary home, with 32 random adapters."""
     with bar() as progress:
         _show(BENCHMARKS["memory"].measure(Settings.load(), requests=requests, out=out, progress=progress), json_)
+
+
+@app.command("search", help=BENCHMARKS["search"].description)
+def search(
+    scale: Annotated[int, typer.Option(min=100, help="passages of the synthetic corpus")] = 100_000,
+    documents: Annotated[int, typer.Option(min=3, help="documents of which one changes")] = 1_000,
+    questions: Annotated[int, typer.Option(min=2, help="questions each way is asked")] = 300,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="where search.json and a picture are written")] = None,
+    json_: Json = False,
+) -> None:
+    """Needs no server: it makes a corpus of words and vectors that nobody wrote, in a temporary home."""
+    settings = Settings.load()
+    offline_environment()
+    with bar() as progress:
+        model = materialise(settings.embedder, settings.cache, progress)
+        run = BENCHMARKS["search"].measure(
+            settings,
+            embedding=model,
+            scale=scale,
+            documents=documents,
+            questions=questions,
+            out=out,
+            progress=progress,
+        )
+        _show(run, json_)
+
+
+@app.command("vectors", help=BENCHMARKS["vectors"].description)
+def vectors(
+    points: Annotated[str, typer.Option(help="how many vectors, comma separated")] = ",".join(map(str, POINTS)),
+    kinds: Annotated[str, typer.Option(help="which kinds of index, comma separated")] = ",".join(KINDS),
+    dim: Annotated[int, typer.Option(min=8, help="numbers in a vector")] = DIM,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="where vectors.json and its picture go")] = None,
+    json_: Json = False,
+) -> None:
+    """Needs no server and no model; a million vectors take 5 GB of memory and, as a graph, many minutes."""
+    try:
+        counts = [int(count) for count in points.split(",")]
+    except ValueError:
+        raise BadRequest("--points are whole numbers, comma separated, such as 10000,100000.", param="points") from None
+    wanted = [kind.strip() for kind in kinds.split(",") if kind.strip()]
+    with bar() as progress:
+        run = BENCHMARKS["vectors"].measure(points=counts, kinds=wanted, dim=dim, out=out, progress=progress)
+        _show(run, json_)
 
 
 @app.command("startup", help=BENCHMARKS["startup"].description)
