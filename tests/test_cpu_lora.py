@@ -105,7 +105,7 @@ batches = st.one_of(
 ranks_of_slots = st.lists(st.sampled_from([0, 1, 2, 8, 16, 33, 64]), min_size=SLOTS, max_size=SLOTS)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(wanted=batches, ranks=ranks_of_slots, layer=st.sampled_from(sorted(SIZES)), seed=st.integers(0, 1000))
 def test_equal_to_the_definition(environment: None, wanted: list[int], ranks: list[int], layer: str, seed: int) -> None:
     sizes = SIZES[layer]
@@ -118,7 +118,7 @@ def test_equal_to_the_definition(environment: None, wanted: list[int], ranks: li
     torch.testing.assert_close(y.float(), expected, **CLOSE)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     wanted=st.lists(st.integers(0, SLOTS - 1), min_size=1, max_size=24),
     ranks=ranks_of_slots,
