@@ -19,7 +19,7 @@ from server_kit import engine_log, until
 from hybrid.ui.answer import Options, Turn, request_body, stopped
 from hybrid.ui.chat import messages, place
 from hybrid.ui.client import caller_key
-from hybrid.ui.house import corpora_table, status_line, versions_table
+from hybrid.ui.house import status_line, versions_table
 from hybrid.ui.panels import explain, markdown
 
 HOSTILE = "What says <img src=x onerror=alert(1)> and ![a](http://evil.example/a.png)?"
@@ -241,7 +241,7 @@ def test_panels_escape_what_they_are_told() -> None:
         "jobs": [{"kind": evil, "spec": {"name": evil}, "status": "running", "error": evil}],
     }
     painted = explain(turn(arm=evil, adapter=evil, detail=detail), evil) + status_line(status)
-    painted += versions_table(status) + corpora_table(status)
+    painted += versions_table(status)
     assert "<img" not in painted
     assert "<img" not in explain(turn(error=evil))
 

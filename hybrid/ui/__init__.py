@@ -13,6 +13,7 @@ from hybrid.ui.evaluate import Evaluate
 from hybrid.ui.guard import Guard
 from hybrid.ui.house import trouble_line
 from hybrid.ui.jobs import Jobs
+from hybrid.ui.library import Library
 from hybrid.ui.shelf import Shelf
 from hybrid.ui.status import Status
 from hybrid.ui.theme import CSS, TITLE, theme
@@ -45,20 +46,22 @@ def build_ui(base_url: str | None, settings: Settings) -> Any:
             chat = Chat(client, settings, key)
         with gr.Tab("Compare") as comparing:
             compare = Compare(client, settings, key)
+        with gr.Tab("Library", elem_id="hy-library-tab") as reading:
+            library = Library(client, key)
         started = gr.State("")
         with gr.Tab("Adapters", elem_id="hy-house-tab") as adapters, gr.Row():
             with gr.Column(scale=3, min_width=320):
                 shelf = Shelf(client, key)
                 jobs = Jobs(client, key, shelf.seen, started)
-                corpora = gr.HTML("", apply_default_css=False)
             with gr.Column(scale=2, min_width=300):
                 Train(client, key, started)
         with gr.Tab("Evaluate", elem_id="hy-eval-tab") as evaluating:
             evaluate = Evaluate(client, key)
-        jobs.watch_tabs(adapters, [chatting, comparing, evaluating])
-        evaluate.watch_tabs(evaluating, [chatting, comparing, adapters])
+        library.watch_tabs(reading, [chatting, comparing, adapters, evaluating])
+        jobs.watch_tabs(adapters, [chatting, comparing, reading, evaluating])
+        evaluate.watch_tabs(evaluating, [chatting, comparing, reading, adapters])
         _remember(page, key)
-        screen = [line, shelf.table, corpora, jobs.table, shelf.seen, jobs.seen]
+        screen = [line, shelf.table, library.seen, jobs.table, shelf.seen, jobs.seen]
         Status(client, screen=screen, key=key, pickers=[chat.model, *compare.models]).poll(page)
     page.queue(default_concurrency_limit=CONCURRENCY, api_open=False)
     return page

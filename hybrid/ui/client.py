@@ -25,6 +25,9 @@ _LONG = aiohttp.ClientTimeout(total=120)
 _STREAM = aiohttp.ClientTimeout(total=None, sock_connect=10)
 _JOBS = "/v1/fine_tuning/jobs"
 _EVALUATIONS = "/v1/evaluations"
+_STORES = "/v1/vector_stores"
+#: the objects of one page of a list, and of a list that is read whole
+_PAGE, _ALL = 100, 1_000
 _LEAVES: Mapping[int, type[HybridError]] = {
     401: Unauthorized,
     403: Forbidden,
@@ -74,10 +77,10 @@ class Client:
         """`POST /v1/adapters/{name}/…`: promote, rollback or retire."""
         return await self._json("POST", f"/v1/adapters/{quote(name, safe='')}/{verb}", key, body, _LONG)
 
-    async def upload(self, key: str, path: Path) -> JSON:
-        """Sends a file to train on, under its own name; the object `file`."""
+    async def upload(self, key: str, path: Path, purpose: str = "fine-tune") -> JSON:
+        """Sends a file to train on, or to read, under its own name; the object `file`."""
         form = aiohttp.FormData()
-        form.add_field("purpose", "fine-tune")
+        form.add_field("purpose", purpose)
         with _unreachable(), path.open("rb") as file:
             form.add_field("file", file, filename=path.name)
             async with (
@@ -156,6 +159,57 @@ class Client:
         query = f"task={quote(task, safe='')}&id={quote(example, safe='')}"
         return await self._json("GET", f"/v1/reports/{quote(name, safe='')}/examples?{query}", key, patience=_LONG)
 
+    async def stores(self, key: str) -> list[JSON]:
+        """The corpora that the caller sees, newest first."""
+        return (await self._listed(key, _STORES, most=_ALL))[0]
+
+    async def store(self, key: str, store: str) -> JSON:
+        """One of them."""
+        return await self._json("GET", _store(store), key)
+
+    async def create_store(self, key: str, name: str) -> JSON:
+        """A new, empty corpus."""
+        return await self._json("POST", _STORES, key, {"name": name})
+
+    async def delete_store(self, key: str, store: str) -> None:
+        """Takes a corpus away."""
+        await self._json("DELETE", _store(store), key, patience=_LONG)
+
+    async def rebuild(self, key: str, store: str, *, end: bool = False) -> JSON:
+        """Has the vectors of a corpus made again, or calls that off."""
+        return await self._json("POST", f"{_store(store)}/rebuild{'/cancel' if end else ''}", key, {})
+
+    async def documents(self, key: str, store: str, status: str, most: int) -> tuple[list[JSON], bool]:
+        """At most `most` files of a corpus, newest first, of a status ("" for all); and whether there are more."""
+        return await self._listed(key, f"{_store(store)}/files{f'?filter={status}' if status else ''}", most=most)
+
+    async def attach(self, key: str, store: str, file_id: str) -> JSON:
+        """Puts an upload in line for a corpus."""
+        return await self._json("POST", f"{_store(store)}/files", key, {"file_id": file_id})
+
+    async def document(self, key: str, store: str, file_id: str) -> tuple[JSON, list[JSON]]:
+        """A file of a corpus, and its passages in order."""
+        path = f"{_store(store)}/files/{quote(file_id, safe='')}"
+        return await self._json("GET", path, key), (await self._json("GET", f"{path}/content", key))["data"]
+
+    async def delete_document(self, key: str, store: str, file_id: str) -> None:
+        """Takes a file out of a corpus; the upload stays."""
+        await self._json("DELETE", f"{_store(store)}/files/{quote(file_id, safe='')}", key, patience=_LONG)
+
+    async def discard(self, key: str, file_id: str) -> None:
+        """Deletes an upload."""
+        await self._json("DELETE", f"/v1/files/{file_id}", key)
+
+    async def search(self, key: str, store: str, query: str, most: int) -> list[JSON]:
+        """The best passages of a corpus, each with the scores of every stage."""
+        body = {"query": query, "max_num_results": most}
+        return list((await self._json("POST", f"{_store(store)}/search", key, body, _LONG))["data"])
+
+    async def chart(self, key: str, store: str, query: str, limit: int) -> JSON:
+        """A map of a sample of a corpus, with a query in it ("" for none)."""
+        body = {"limit": limit, **({"query": query} if query else {})}
+        return await self._json("POST", f"{_store(store)}/map", key, body, _LONG)
+
     @contextlib.asynccontextmanager
     async def chat(self, key: str, body: JSON) -> AsyncIterator[tuple[Mapping[str, str], AsyncIterator[JSON]]]:
         """A streamed chat completion: the response's headers and its chunks. Leaving the block ends the work."""
@@ -177,10 +231,26 @@ class Client:
             ):
                 return await _answer(response)
 
+    async def _listed(self, key: str, path: str, *, most: int) -> tuple[list[JSON], bool]:
+        """At most `most` objects of a list that comes in pages, and whether there are more."""
+        found: list[JSON] = []
+        after = ""
+        while True:
+            limit = f"{'&' if '?' in path else '?'}limit={min(_PAGE, most - len(found))}"
+            page = await self._json("GET", f"{path}{limit}{after}", key)
+            found += page["data"]
+            if len(found) >= most or not page["has_more"]:
+                return found, bool(page["has_more"])
+            after = f"&after={quote(str(page['last_id']), safe='')}"
+
 
 def event_number(event: JSON) -> int:
     """What orders the events of a job."""
     return int(str(event["id"]).rpartition("-")[2])
+
+
+def _store(store: str) -> str:
+    return f"{_STORES}/{quote(store, safe='')}"
 
 
 def _headers(key: str) -> dict[str, str]:

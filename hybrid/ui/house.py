@@ -70,17 +70,6 @@ def versions_table(status: JSON) -> str:
     )
 
 
-def corpora_table(status: JSON) -> str:
-    """What can be read."""
-    keys = ("name", "documents", "passages", "generation")
-    return table(
-        "Corpora",
-        ("corpus", *keys[1:]),
-        [("", [esc(corpus.get(key, "")) for key in keys]) for corpus in status.get("corpora") or []],
-        "None yet. <code>hybrid index DIR</code> makes one; it appears here by itself.",
-    )
-
-
 def jobs_table(jobs: Sequence[Mapping[str, Any]]) -> str:
     """Every job, newest first; a row that is picked shows how it goes."""
     return table(
@@ -121,7 +110,7 @@ def _progress(progress: JSON, status: str) -> Iterator[tuple[str, str]]:
 
 def _job_row(job: Mapping[str, Any]) -> list[str]:
     error = f'<small class="hy-bad">{esc(job["error"])}</small>' if job["error"] else ""
-    return [_button(job["name"] or job["id"]), esc(str(job["status"]).replace("_", " ")) + error]
+    return [pick_button(job["name"] or job["id"]), esc(str(job["status"]).replace("_", " ")) + error]
 
 
 def version_id(adapter: Mapping[str, Any]) -> str:
@@ -130,7 +119,7 @@ def version_id(adapter: Mapping[str, Any]) -> str:
 
 
 def _version_row(adapter: JSON) -> list[str]:
-    name = _button(version_id(adapter))
+    name = pick_button(version_id(adapter))
     if adapter.get("alias"):
         name += ' <span class="hy-pill hy-adapter">in use</span>'
     kind = f"{esc(adapter['kind'])}, " if adapter.get("kind", "lora") != "lora" else ""
@@ -158,7 +147,8 @@ def _measured(adapter: JSON) -> str:
     return said + "</small>"
 
 
-def _button(text: object) -> str:
+def pick_button(text: object) -> str:
+    """The button of a row that can be picked: what the keyboard reaches."""
     return f'<button type="button" class="hy-pick">{esc(text)}</button>'
 
 

@@ -1,6 +1,7 @@
 """The line above every tab, the lists of the tab Adapters, and the pickers: one poll of the gateway keeps all true."""
 # Annotations are evaluated here (no `from __future__`): Gradio finds the request by its type.
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 from hybrid.errors import HybridError, Unauthorized
 from hybrid.types import JSON
 from hybrid.ui.client import Client, key_of
-from hybrid.ui.house import corpora_table, jobs_table, status_line, trouble_line, versions_table
+from hybrid.ui.house import jobs_table, status_line, trouble_line, versions_table
+from hybrid.ui.panels import esc
 from hybrid.ui.picker import choices
 
 POLL_S = 2.0
@@ -68,7 +70,7 @@ class Status:
             now = Seen(
                 line=status_line(status),
                 versions=versions_table(status),
-                corpora=corpora_table(status),
+                corpora=esc(json.dumps(status.get("corpora") or [])),
                 jobs=jobs_table(rows := job_rows(status)),
                 adapters=adapters,
                 job_rows=rows,

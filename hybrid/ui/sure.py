@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-#: rows that carry `data-pick` can be picked, by mouse or by their button; the mark outlives a repaint
+#: rows that carry `data-pick` can be picked, by mouse or by their button; the mark outlives a repaint, unless what is
+#: painted says in `data-picked` which one it is
 PICK_JS = """
 const mark = () => element.querySelectorAll('[data-pick]').forEach(
   (row) => row.classList.toggle('hy-picked', row.dataset.pick === element.dataset.picked));
@@ -15,15 +16,19 @@ element.addEventListener('click', (event) => {
   mark();
   trigger('select', {index: 0, value: row.dataset.pick});
 });
-watch('value', mark);
+watch('value', () => {
+  const told = element.querySelector('[data-picked]');
+  if (told) element.dataset.picked = told.dataset.picked;
+  mark();
+});
 """
 
 
-def pick_list(elem_id: str) -> Any:
-    """A table whose rows are picked: its event `select` carries `data-pick` as the value."""
+def pick_list(elem_id: str, more: str = "") -> Any:
+    """A table whose rows are picked: its event `select` carries `data-pick` as the value. `more` is JavaScript."""
     import gradio as gr
 
-    return gr.HTML("", js_on_load=PICK_JS, elem_id=elem_id, apply_default_css=False)
+    return gr.HTML("", js_on_load=PICK_JS + more, elem_id=elem_id, apply_default_css=False)
 
 
 class Sure:

@@ -108,6 +108,42 @@ CSS = """
 #hy-example-list td + td { white-space: nowrap; }
 #hy-example-list .hy-wide { max-height: 36rem; overflow-y: auto; }
 
+#hy-library-tab .html-container { padding: 0 !important; }
+#hy-library-tab .hy-table td:first-child { overflow-wrap: anywhere; }
+#hy-documents .hy-wide { max-height: 30rem; overflow-y: auto; } #hy-documents td:last-child { white-space: nowrap; }
+.hy-refused { margin: .3rem 0 .3rem 1.1rem; font-size: .88rem; }
+.hy-hits { list-style: none; margin: .4rem 0 0; padding: 0; max-height: 34rem; overflow-y: auto; }
+.hy-hits li { display: flex; gap: .7rem; padding: .55rem .4rem; cursor: pointer;
+  border-top: 1px solid var(--border-color-primary); }
+.hy-hits li:hover { background: color-mix(in srgb, var(--color-accent) 6%, transparent); }
+.hy-hits li.hy-picked { background: color-mix(in srgb, var(--color-accent) 12%, transparent); }
+.hy-hits p { margin: .15rem 0 .3rem; font-size: .86rem; overflow-wrap: anywhere; color: var(--body-text-color); }
+.hy-nth { min-width: 1.2rem; text-align: right; font-variant-numeric: tabular-nums;
+  color: var(--body-text-color-subdued); }
+.hy-stages { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin: 0; font-size: .8rem; }
+.hy-stages dt { font-size: .72rem; color: var(--body-text-color-subdued); }
+.hy-stages dd { margin: 0; font-variant-numeric: tabular-nums; }
+.hy-stages small { color: var(--body-text-color-subdued); } .hy-off { opacity: .55; }
+.hy-document { max-height: 40rem; overflow-y: auto; margin-top: .8rem; }
+.hy-document h4 small { font-weight: 400; color: var(--body-text-color-subdued); }
+.hy-document section p { white-space: pre-wrap; margin: .3rem 0 .7rem; }
+.hy-document mark { background: color-mix(in srgb, #facc15 38%, transparent); color: inherit; border-radius: 3px;
+  box-decoration-break: clone; -webkit-box-decoration-break: clone; padding: .05rem .15rem; }
+.hy-map { margin: 0; border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg);
+  background: var(--block-background-fill); padding: .6rem .8rem; }
+.hy-map svg { display: block; width: 100%; height: auto; }
+.hy-map g[data-pick] { cursor: pointer; } .hy-map circle { fill-opacity: .72; }
+.hy-map g[data-pick]:hover circle, .hy-map .hy-picked circle { fill-opacity: 1; stroke: var(--body-text-color);
+  stroke-width: 1.6; }
+.hy-ringed circle { fill-opacity: 1; stroke: var(--body-text-color); stroke-width: 1.2; }
+.hy-ringed text { font-size: 11px; font-weight: 600; text-anchor: middle; fill: var(--body-text-color);
+  paint-order: stroke; stroke: var(--block-background-fill); stroke-width: 3px; }
+.hy-star path { fill: #facc15; stroke: #713f12; stroke-width: 1; } .hy-starred { color: #ca8a04; }
+.hy-says { margin: .4rem 0; font-size: .84rem; white-space: pre-wrap; overflow-wrap: anywhere; min-height: 2.6em; }
+.hy-legend { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: 0; padding: 0;
+  font-size: .8rem; color: var(--body-text-color-subdued); }
+.hy-legend i { display: inline-block; width: .65rem; height: .65rem; border-radius: 50%; margin-right: .35rem; }
+
 #hy-window { height: calc(100vh - 21rem) !important; min-height: 20rem; }
 #hy-window .placeholder-content { padding: 1.5rem; }
 #hy-window .example { border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg); }

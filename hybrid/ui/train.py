@@ -2,6 +2,7 @@
 # Annotations are evaluated here (no `from __future__`): Gradio finds the request by its type.
 
 import asyncio
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,19 @@ _SHOWN = 5
 
 
 def local_only(file: Any) -> Any:
-    """Gradio's File, for files that were uploaded and no others: it would fetch an address that is sent as one."""
+    """Gradio's File, for files that this page uploaded and no others: it would fetch an address that is sent as one,
+    and, below an app of ours, read any file of the server."""
     import gradio as gr
 
     move = file.async_move_resource_to_block_cache
+    uploads = os.path.realpath(file.GRADIO_CACHE)
+
+    def is_ours(path: str) -> bool:
+        return "://" not in path and os.path.realpath(path).startswith(uploads + os.sep)
 
     async def local(path: Any) -> Any:
-        if "://" in str(path):
-            raise gr.Error("Upload a file; addresses are not fetched.")
+        if not is_ours(str(path)):
+            raise gr.Error("Upload a file; addresses are not fetched, and files of the server not read.")
         return await move(path)
 
     file.async_move_resource_to_block_cache = local  # a subclass would make Gradio write a file beside this one
