@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from hybrid import reach
 from hybrid.bench.result import Goal, Result
 from hybrid.bench.serving import new_home, serving, until_ok
@@ -40,7 +42,7 @@ async def measure(settings: Settings, *, repeat: int, ui: bool, progress: Callab
 
 
 async def _one_start(settings: Settings, home: Home, ui: bool) -> dict[str, Any]:
-    began, clock = time.monotonic(), time.time()
+    began = time.monotonic()
     took: dict[str, Any] = {}
     async with serving(settings, home, "--ui" if ui else "--no-ui") as process:
         async with asyncio.timeout(settings.engine.start_timeout_s):
@@ -49,10 +51,9 @@ async def _one_start(settings: Settings, home: Home, ui: bool) -> dict[str, Any]
                 took[f"{name}_s"] = _since(began)
             await _first_token(server)
             took["first_token_s"] = _since(began)
-        born = _engine_born(home)
+        took["engine_begun_s"] = _engine_begun(home, process.pid)
         stopping = time.monotonic()
-    engine = {"engine_begun_s": born and round(born - clock, 2)}
-    return {**engine, **took, "stop_s": _since(stopping)}
+    return took | {"stop_s": _since(stopping)}
 
 
 async def _first_token(server: reach.Server) -> None:
@@ -67,13 +68,14 @@ async def _first_token(server: reach.Server) -> None:
         await response.content.readline()
 
 
-def _engine_born(home: Home) -> float | None:
-    """When the engine's process began, in seconds since the epoch; None for one that runs elsewhere."""
+def _engine_begun(home: Home, server: int) -> float | None:
+    """Seconds from the beginning of the server's process to that of the engine's; None for one that runs elsewhere."""
     try:
         record = json.loads((home.hidden / "engine.json").read_bytes())
     except OSError:
         return None
-    return float(record["processes"][0][1])
+    born: float = record["processes"][0][1]
+    return round(born - psutil.Process(server).create_time(), 2)
 
 
 def _since(began: float) -> float:
