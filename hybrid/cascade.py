@@ -11,7 +11,10 @@ from hybrid.plan import Plan
 from hybrid.strategies.attempt import attempt, sureness
 from hybrid.strategies.bound import Bound
 from hybrid.strategies.said import said
-from hybrid.types import Arm, Decided, Decision, Drafted, Event, Failed, Finished, Request, Retrieved
+from hybrid.types.arm import Arm
+from hybrid.types.decision import Decision
+from hybrid.types.event import Decided, Drafted, Event, Failed, Finished, Retrieved
+from hybrid.types.request import Request
 
 
 async def cascade(

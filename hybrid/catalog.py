@@ -14,7 +14,8 @@ from hybrid.adapters.store import AdapterStore
 from hybrid.engine import EngineStatus
 from hybrid.errors import ModelNotFound
 from hybrid.knowledge.search import Library
-from hybrid.types import JSON, Rights
+from hybrid.types import JSON
+from hybrid.types.rights import Rights
 
 OWNER = Rights()
 _BOOT = int(time.time())

@@ -12,7 +12,10 @@ from hybrid.errors import BadRequest
 from hybrid.names import Names
 from hybrid.settings import MoaSettings, PanelSettings, ProposerSettings
 from hybrid.strategies.panel import Panel, Seat
-from hybrid.types import PROMPT, Arm, Decision, Request, Rights
+from hybrid.types.arm import PROMPT, Arm
+from hybrid.types.decision import Decision
+from hybrid.types.request import Request
+from hybrid.types.rights import Rights
 
 #: the panel of `moa` alone, where the settings have one of that name
 DEFAULT = "default"

@@ -44,7 +44,11 @@ from hybrid.settings import Settings
 from hybrid.state import State
 from hybrid.strategies.bound import Bound
 from hybrid.strategies.panel import Rater
-from hybrid.types import JSON, Arm, Decided, Decision, Event, Failed, Request
+from hybrid.types import JSON
+from hybrid.types.arm import Arm
+from hybrid.types.decision import Decision
+from hybrid.types.event import Decided, Event, Failed
+from hybrid.types.request import Request
 
 
 class Gateway:

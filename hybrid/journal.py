@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from hybrid.state import State
-from hybrid.types import Decision
+from hybrid.types.decision import Decision
 
 log = logging.getLogger("hybrid.journal")
 

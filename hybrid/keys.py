@@ -21,7 +21,9 @@ from sqlalchemy import insert, select, update
 from hybrid.errors import BadRequest, NotFound, Unauthorized
 from hybrid.state import State, corpora
 from hybrid.state import keys as table
-from hybrid.types import JSON, Arm, Rights
+from hybrid.types import JSON
+from hybrid.types.arm import Arm
+from hybrid.types.rights import Rights
 
 PREFIX = "hyb-"
 #: how the ids of keys begin

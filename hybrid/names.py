@@ -15,7 +15,8 @@ from hybrid.errors import ModelNotFound
 from hybrid.knowledge.search import Library
 from hybrid.knowledge.shelves import Shelves
 from hybrid.strategies import STRATEGIES
-from hybrid.types import Arm, Rights
+from hybrid.types.arm import Arm
+from hybrid.types.rights import Rights
 
 #: strategy → how many parts its name may have after the first, where it is not one
 _PARTS = {"base": 0, "prompt": 0, "adapter+rag": 2, "self_moa": 0}

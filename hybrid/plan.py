@@ -15,7 +15,9 @@ from hybrid.gate.mixing import MIX, Mixer
 from hybrid.names import Names
 from hybrid.strategies.attempt import can_be_tried
 from hybrid.strategies.panel import Panel
-from hybrid.types import PROMPT, Arm, Decision, Request
+from hybrid.types.arm import PROMPT, Arm
+from hybrid.types.decision import Decision
+from hybrid.types.request import Request
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from hybrid.types import Message, Passage
+from hybrid.types.passage import Passage
+from hybrid.types.request import Message
 
 #: format characters that hide text from a reader: zero-width, bidirectional controls, tags
 _INVISIBLE = re.compile(r"[\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff\U000e0000-\U000e007f]")

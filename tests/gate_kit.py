@@ -10,7 +10,9 @@ from hybrid.gate.policy import Policy
 from hybrid.gate.train import train_gate
 from hybrid.knowledge.embed import Embedder
 from hybrid.settings import GateSettings
-from hybrid.types import Arm, Knobs, Passage
+from hybrid.types.arm import Arm
+from hybrid.types.passage import Passage
+from hybrid.types.request import Knobs
 
 GARDEN, LIBRARY = Arm("adapter", ("garden",)), Arm("adapter", ("library",))
 ISLAND = Arm("rag", ("island",))

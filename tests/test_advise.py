@@ -29,7 +29,8 @@ from hybrid.lifecycle.advise import ahead
 from hybrid.lifecycle.drift import measure_drift
 from hybrid.lifecycle.scratch import steps_within
 from hybrid.training.recipes import Recipe
-from hybrid.types import Message, Outcome, Request
+from hybrid.types.outcome import Outcome
+from hybrid.types.request import Message, Request
 
 N = 100
 

@@ -28,7 +28,7 @@ from hybrid.lifecycle.tune_search import dev_examples, learn
 from hybrid.prompts import with_passages, within_budget
 from hybrid.rooms import Home
 from hybrid.settings import RetrievalSettings
-from hybrid.types import Passage
+from hybrid.types.passage import Passage
 
 FIRST = ("Anna", "Bruno", "Clara", "Dmitri", "Elena", "Farid", "Greta", "Hugo", "Irma", "Jonas")
 LAST = ("Lindqvist", "Moreau", "Okafor", "Petrov", "Quist", "Rossi", "Sandoval", "Takeda")

@@ -33,7 +33,7 @@ from hybrid.knowledge.search import Library
 from hybrid.rooms import Home
 from hybrid.settings import RetrievalSettings, Settings
 from hybrid.state import State
-from hybrid.types import Arm
+from hybrid.types.arm import Arm
 
 GARDEN = [t.format(p) for t in TROUBLES for p in PLANTS]
 BORROW = [t.format(b) for t in ORDERS for b in BOOKS]

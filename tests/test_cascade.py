@@ -19,7 +19,8 @@ from hybrid.gate.published import promote, publish_learned
 from hybrid.knowledge.embed import Embedder
 from hybrid.models import materialise
 from hybrid.settings import GateSettings, Settings
-from hybrid.types import PROMPT, Arm, Knobs
+from hybrid.types.arm import PROMPT, Arm
+from hybrid.types.request import Knobs
 
 SUMS = [f"Work out the answer.\n\n{a} boxes hold {b} {thing} each. How many {thing} are there?"
         for a in (3, 7, 12, 25) for b in (4, 9, 30) for thing in ("pens", "apples", "coins")]  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 from hybrid.prompts import packed
 from hybrid.strategies.aggregate import agreed, consistency, final_answer, vote
 from hybrid.strategies.panel import Draft, Seat
-from hybrid.types import PROMPT
+from hybrid.types.arm import PROMPT
 
 
 def drafted(*answers: tuple[str, float]) -> list[Draft]:

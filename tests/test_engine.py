@@ -39,7 +39,8 @@ from hybrid.errors import (
 )
 from hybrid.models import materialise
 from hybrid.settings import EngineSettings, Settings
-from hybrid.types import Message, Token
+from hybrid.types.event import Token
+from hybrid.types.request import Message
 
 
 @dataclass(frozen=True)

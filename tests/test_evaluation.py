@@ -36,7 +36,7 @@ from hybrid.evaluation.words import markdown
 from hybrid.lifecycle.measure import Measurement, Measuring, measure, usable
 from hybrid.prompts import task_message
 from hybrid.settings import Settings
-from hybrid.types import Outcome
+from hybrid.types.outcome import Outcome
 
 INSTRUCTION = "Name the colour."
 COLOURS = ["red", "green", "blue"]

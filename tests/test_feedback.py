@@ -18,8 +18,9 @@ from hybrid.gate.ope import Logged, compare, values
 from hybrid.gate.policy import Policy
 from hybrid.settings import GateSettings
 from hybrid.state import State
-from hybrid.types import PROMPT as PROMPT_ARM
-from hybrid.types import Arm, Knobs
+from hybrid.types.arm import PROMPT as PROMPT_ARM
+from hybrid.types.arm import Arm
+from hybrid.types.request import Knobs
 
 DIM = 32
 BANK, PROMPT = "adapter:bank", "prompt"

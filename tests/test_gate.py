@@ -32,7 +32,8 @@ from hybrid.gate.train import pseudo_questions, train_gate
 from hybrid.knowledge.embed import Embedder
 from hybrid.rooms import Home
 from hybrid.settings import GateSettings
-from hybrid.types import PROMPT, Arm, Knobs
+from hybrid.types.arm import PROMPT, Arm
+from hybrid.types.request import Knobs
 
 
 @pytest.fixture

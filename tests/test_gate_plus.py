@@ -34,7 +34,8 @@ from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.search import Library
 from hybrid.rooms import Home
 from hybrid.settings import GateSettings, Settings
-from hybrid.types import PROMPT, Message, Request
+from hybrid.types.arm import PROMPT
+from hybrid.types.request import Message, Request
 
 # --- outcome tables --------------------------------------------------------------------------------------------------
 

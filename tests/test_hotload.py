@@ -25,7 +25,7 @@ from hybrid.models import ModelFiles
 from hybrid.rooms import Home
 from hybrid.settings import EngineSettings, Settings
 from hybrid.state import State
-from hybrid.types import Message
+from hybrid.types.request import Message
 
 
 @pytest.fixture

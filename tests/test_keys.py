@@ -12,7 +12,7 @@ from hybrid.errors import BadRequest, NotFound, Unauthorized
 from hybrid.keys import Keys
 from hybrid.server.access import Access
 from hybrid.state import State, corpora
-from hybrid.types import Arm
+from hybrid.types.arm import Arm
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from hybrid.errors import Conflict, ModelNotFound, Refused
 from hybrid.rooms import Home
 from hybrid.settings import EngineSettings
 from hybrid.state import State, audit
-from hybrid.types import Message
+from hybrid.types.request import Message
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from hybrid.models import ModelFiles
 from hybrid.rooms import Home, write_json
 from hybrid.state import State
 from hybrid.training.merge import Merge, merge
-from hybrid.types import Arm
+from hybrid.types.arm import Arm
 
 KINDS = ("q_proj", "v_proj", "down_proj")
 

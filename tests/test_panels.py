@@ -24,7 +24,7 @@ from hybrid.models import ModelFiles
 from hybrid.settings import MoaSettings, Settings
 from hybrid.training.recipes import load_recipe
 from hybrid.training.reward import HEAD
-from hybrid.types import Arm
+from hybrid.types.arm import Arm
 
 # --- drafts that a reward model rates --------------------------------------------------------------------------------
 

@@ -28,7 +28,8 @@ from hybrid.engine.process import end_leftovers
 from hybrid.errors import EngineError, NotReady, SetupError
 from hybrid.models import ModelFiles
 from hybrid.settings import Settings
-from hybrid.types import Message, Token
+from hybrid.types.event import Token
+from hybrid.types.request import Message
 
 QUICK = {"probe_every_s": 0.2, "probe_timeout_s": 0.3, "probe_failures": 2}
 

@@ -37,7 +37,8 @@ from hybrid.evaluation.metrics import Example
 from hybrid.evaluation.retrieval import ndcg, retrieval
 from hybrid.evaluation.words import markdown, summary
 from hybrid.knowledge.support import support
-from hybrid.types import JSON, Outcome
+from hybrid.types import JSON
+from hybrid.types.outcome import Outcome
 
 SECRET = "zanzibarine"  # stands in every text of the data, and nowhere else
 

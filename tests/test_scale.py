@@ -20,7 +20,7 @@ from hybrid.knowledge.search import Library
 from hybrid.knowledge.store import About
 from hybrid.rooms import Home
 from hybrid.settings import RetrievalSettings
-from hybrid.types import Rights
+from hybrid.types.rights import Rights
 
 KINDS: dict[str, dict[str, int]] = {
     "flat": {},

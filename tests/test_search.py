@@ -25,7 +25,8 @@ from hybrid.lifecycle.tune_search import dev_examples, learn
 from hybrid.rooms import Home
 from hybrid.settings import RetrievalSettings
 from hybrid.strategies.followup import search_query
-from hybrid.types import Message, Rights
+from hybrid.types.request import Message
+from hybrid.types.rights import Rights
 
 CODES = {f"ZX-{n}Q": f"Part ZX-{n}Q of the pump costs {n % 90} coins and is made of brass." for n in range(4100, 4160)}
 FACTS = {

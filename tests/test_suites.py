@@ -30,7 +30,7 @@ from hybrid.evaluation.tasks import Task, check_task, read_split, read_task
 from hybrid.lifecycle.suite_adapters import orders
 from hybrid.rooms import Home
 from hybrid.settings import Settings
-from hybrid.types import Outcome
+from hybrid.types.outcome import Outcome
 
 ROOT = Path(__file__).resolve().parents[1]
 COLOURS = ["red", "green", "blue"]

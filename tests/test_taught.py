@@ -25,7 +25,8 @@ from hybrid.gate.policy import Policy
 from hybrid.gate.taught import Taught
 from hybrid.knowledge.embed import Embedder
 from hybrid.settings import GateSettings
-from hybrid.types import PROMPT, Arm, Knobs, Message, Request
+from hybrid.types.arm import PROMPT, Arm
+from hybrid.types.request import Knobs, Message, Request
 
 FEW_SHOT, HEAD = Arm("few_shot", ("garden",)), Arm("head", ("garden",))
 SUMS_TASK = "Work out the answer."

@@ -39,7 +39,7 @@ from hybrid.training.methods import find_method
 from hybrid.training.objective import NextToken, measure
 from hybrid.training.recipes import Recipe
 from hybrid.training.run import train
-from hybrid.types import Message
+from hybrid.types.request import Message
 
 FAST = {"epochs": 4, "learning_rate": 2e-2, "rank": 4, "alpha": 8, "batch_size": 8, "precision": "float32"}
 

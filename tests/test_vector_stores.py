@@ -12,7 +12,8 @@ import pytest
 import pytest_asyncio
 from server_kit import TOKEN, Running, chat, make_home, running, until
 
-from hybrid.types import Arm, Rights
+from hybrid.types.arm import Arm
+from hybrid.types.rights import Rights
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

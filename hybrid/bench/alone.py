@@ -26,7 +26,7 @@ from hybrid.errors import EngineError, NotReady
 from hybrid.models import ModelFiles
 from hybrid.rooms import sha256_file, write_json
 from hybrid.settings import Settings
-from hybrid.types import Message
+from hybrid.types.request import Message
 
 POLL_S = 0.2
 

@@ -43,7 +43,8 @@ from hybrid.prompts import before_last_user, few_shot_messages
 from hybrid.quickstart import write_tasks
 from hybrid.rooms import write_json
 from hybrid.settings import Settings
-from hybrid.types import JSON, Message
+from hybrid.types import JSON
+from hybrid.types.request import Message
 
 ARMS = ("prompt", "few_shot")
 GOAL = 0.9

@@ -29,7 +29,8 @@ from hybrid.gate.outcomes import read_outcomes
 from hybrid.models import ModelFiles
 from hybrid.rooms import write_json
 from hybrid.settings import Settings
-from hybrid.types import JSON, Arm
+from hybrid.types import JSON
+from hybrid.types.arm import Arm
 
 KNOB = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 WARM_UPS = 5

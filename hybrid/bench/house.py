@@ -25,7 +25,9 @@ from hybrid.knowledge.shelves import Shelves
 from hybrid.models import ModelFiles
 from hybrid.settings import Settings
 from hybrid.state import State
-from hybrid.types import PROMPT, Arm, Decision, Knobs, Message, Request
+from hybrid.types.arm import PROMPT, Arm
+from hybrid.types.decision import Decision
+from hybrid.types.request import Knobs, Message, Request
 
 #: strategies that are made for some requests only
 NARROW = frozenset(["adapter", "adapter+rag", "few_shot", "head", "mix", "rag"])

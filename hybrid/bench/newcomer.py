@@ -19,7 +19,7 @@ from hybrid.gate.learned import Learned
 from hybrid.gate.model import Gate
 from hybrid.gate.outcomes import Lessons, Table
 from hybrid.gate.taught import Taught, task_owner
-from hybrid.types import Arm
+from hybrid.types.arm import Arm
 
 
 @dataclass(frozen=True, slots=True)

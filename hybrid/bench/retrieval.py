@@ -31,7 +31,7 @@ from hybrid.lifecycle.tune_search import dev_examples, learn
 from hybrid.models import ModelFiles
 from hybrid.rooms import Home
 from hybrid.settings import RetrievalSettings, Settings
-from hybrid.types import Passage
+from hybrid.types.passage import Passage
 
 Progress = Callable[[str, int, int], None]
 

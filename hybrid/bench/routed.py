@@ -20,7 +20,8 @@ from hybrid.evaluation.statistics import estimate, mean_of_tasks, paired
 from hybrid.gate.features import Numbers
 from hybrid.gate.memory import Places
 from hybrid.gate.outcomes import Table
-from hybrid.types import JSON, PROMPT, Arm
+from hybrid.types import JSON
+from hybrid.types.arm import PROMPT, Arm
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from hybrid import reach
 from hybrid.bench.result import Goal, Result
 from hybrid.errors import BadRequest, DataError
 from hybrid.prompts import task_message
-from hybrid.types import Arm
+from hybrid.types.arm import Arm
 
 WARM_UPS = 5
 SEED = 0

@@ -36,7 +36,7 @@ from hybrid.knowledge.tuned import Tuned
 from hybrid.models import ModelFiles
 from hybrid.rooms import Home, write_json
 from hybrid.settings import RetrievalSettings, Settings
-from hybrid.types import Rights
+from hybrid.types.rights import Rights
 
 Progress = Callable[[str, int, int], None]
 

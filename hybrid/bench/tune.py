@@ -32,7 +32,7 @@ from hybrid.errors import HybridError, SetupError
 from hybrid.models import ModelFiles
 from hybrid.rooms import write_json
 from hybrid.settings import EngineSettings, Settings
-from hybrid.types import Message
+from hybrid.types.request import Message
 
 REPEATS = 3
 #: how much faster a value must be to be kept, and how much slower one that saves memory may be

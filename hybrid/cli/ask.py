@@ -14,7 +14,9 @@ from hybrid.cli.say import bar, data, say, text
 from hybrid.gateway import Gateway
 from hybrid.lifecycle.rating import Raters
 from hybrid.settings import Settings
-from hybrid.types import Answer, Event, Message, Request, fold
+from hybrid.types.answer import Answer, fold
+from hybrid.types.event import Event
+from hybrid.types.request import Message, Request
 
 
 def ask(

@@ -14,7 +14,8 @@ from hybrid.lifecycle.corpora import Corpora
 from hybrid.lifecycle.tune_search import dev_examples, learn
 from hybrid.settings import Settings
 from hybrid.state import State
-from hybrid.types import JSON, Rights
+from hybrid.types import JSON
+from hybrid.types.rights import Rights
 
 app = typer.Typer(help="The corpora of this home.", no_args_is_help=True)
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout")]

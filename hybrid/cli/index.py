@@ -14,7 +14,7 @@ from hybrid.knowledge.search import Library
 from hybrid.models import materialise
 from hybrid.rooms import check_name
 from hybrid.settings import Settings, offline_environment
-from hybrid.types import Passage
+from hybrid.types.passage import Passage
 
 
 def open_library(settings: Settings) -> Library:

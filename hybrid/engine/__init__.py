@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from hybrid.types import Message, Token
+from hybrid.types.event import Token
+from hybrid.types.request import Message
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,8 @@ from hybrid.engine.process import EngineProcess
 from hybrid.engine.vllm import VllmEngine
 from hybrid.errors import EngineError, HybridError, NotReady, Overloaded, Refused
 from hybrid.settings import EngineSettings
-from hybrid.types import Message, Token
+from hybrid.types.event import Token
+from hybrid.types.request import Message
 
 log = logging.getLogger("hybrid.engine")
 

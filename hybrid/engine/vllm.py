@@ -22,7 +22,9 @@ from hybrid.engine.transport import Transport, within
 from hybrid.engine.wire import COMPLETIONS, read_body, read_cards, read_chunk, read_events, read_logprobs, request_body
 from hybrid.errors import EngineError, EngineRejected, EngineTimeout, NotReady, Refused
 from hybrid.settings import EngineSettings
-from hybrid.types import JSON, Message, Token
+from hybrid.types import JSON
+from hybrid.types.event import Token
+from hybrid.types.request import Message
 
 #: seconds for what is not generation: an adapter's load, log-probabilities of a prompt
 CONTROL_TIMEOUT_S = 120.0

@@ -12,7 +12,9 @@ from typing import Any
 from pydantic_core import from_json
 
 from hybrid.errors import BadRequest, ContextTooLong, EngineError, EngineRejected, HybridError, Overloaded
-from hybrid.types import JSON, Message, Token, Usage
+from hybrid.types import JSON
+from hybrid.types.event import Token, Usage
+from hybrid.types.request import Message
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 
 from hybrid.evaluation.metrics import Example
 from hybrid.evaluation.statistics import Difference, Estimate
-from hybrid.types import JSON, Outcome
+from hybrid.types import JSON
+from hybrid.types.outcome import Outcome
 
 #: p values below this, corrected for the number of rivals, are a difference
 ALPHA = 0.05

@@ -23,7 +23,9 @@ from hybrid.evaluation.advice import (
 )
 from hybrid.evaluation.formats import FORMATS, valid
 from hybrid.evaluation.statistics import Difference, estimate, holm, paired
-from hybrid.types import JSON, Arm, Outcome
+from hybrid.types import JSON
+from hybrid.types.arm import Arm
+from hybrid.types.outcome import Outcome
 
 #: the least to keep first
 _UPKEEP = ("prompt", "few_shot", "rag", "head", "adapter", "adapter+rag")

@@ -21,7 +21,11 @@ from hybrid.gateway import Gateway
 from hybrid.reach import answer as read_answer
 from hybrid.rooms import sha256_file
 from hybrid.settings import Settings
-from hybrid.types import JSON, Arm, Event, Message, Request, Usage, fold
+from hybrid.types import JSON
+from hybrid.types.answer import fold
+from hybrid.types.arm import Arm
+from hybrid.types.event import Event, Usage
+from hybrid.types.request import Message, Request
 
 CALLER = "evaluation"
 #: the header by which the owner of a home says that a request measures and is nobody's own

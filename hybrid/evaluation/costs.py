@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from hybrid.evaluation.measured import Measured, families
-from hybrid.types import JSON, Outcome
+from hybrid.types import JSON
+from hybrid.types.outcome import Outcome
 
 
 def latency(outcomes: Sequence[Outcome]) -> JSON:

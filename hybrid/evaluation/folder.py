@@ -16,7 +16,8 @@ from hybrid.evaluation.page import html
 from hybrid.evaluation.runner import EARLIER, OUTCOMES, outcome_of
 from hybrid.evaluation.words import markdown
 from hybrid.rooms import write_json
-from hybrid.types import JSON, Outcome
+from hybrid.types import JSON
+from hybrid.types.outcome import Outcome
 
 REPORT = "report.json"
 EXAMPLES = "examples.jsonl"

@@ -11,7 +11,8 @@ from hybrid.evaluation import folder
 from hybrid.evaluation.measured import AUTO
 from hybrid.evaluation.words import summary
 from hybrid.rooms import Home
-from hybrid.types import JSON, Outcome
+from hybrid.types import JSON
+from hybrid.types.outcome import Outcome
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 _SHOWN = 200

@@ -16,7 +16,9 @@ from hybrid.errors import BadRequest, DataError
 from hybrid.evaluation.measured import family
 from hybrid.evaluation.statistics import estimate
 from hybrid.prompts import judge_messages, task_message
-from hybrid.types import JSON, Message, Outcome
+from hybrid.types import JSON
+from hybrid.types.outcome import Outcome
+from hybrid.types.request import Message
 
 Mode = Literal["rubric", "pairs"]
 Progress = Callable[[int, int], None]

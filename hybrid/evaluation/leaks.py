@@ -15,7 +15,8 @@ from hybrid.evaluation.metrics import Example
 from hybrid.evaluation.tasks import Task
 from hybrid.prompts import task_message
 from hybrid.rooms import Home
-from hybrid.types import JSON, Outcome
+from hybrid.types import JSON
+from hybrid.types.outcome import Outcome
 
 SHELF = "examples.jsonl"
 TRAIN = "train.jsonl"

@@ -8,7 +8,8 @@ from statistics import fmean
 
 from hybrid.evaluation.metrics import Example
 from hybrid.evaluation.statistics import Estimate, estimate
-from hybrid.types import Arm, Outcome
+from hybrid.types.arm import Arm
+from hybrid.types.outcome import Outcome
 
 AUTO = "auto"
 

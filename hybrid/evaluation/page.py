@@ -8,7 +8,8 @@ from typing import Any
 from hybrid.evaluation.measured import family
 from hybrid.evaluation.plots import growth_plot, pareto_plot, reliability_plot
 from hybrid.evaluation.words import judged_rows, summary
-from hybrid.types import JSON, Outcome
+from hybrid.types import JSON
+from hybrid.types.outcome import Outcome
 
 #: (task, example id) → its `input` and `reference`
 Questions = Mapping[tuple[str, str], Mapping[str, str]]

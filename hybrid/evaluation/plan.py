@@ -16,7 +16,8 @@ from hybrid.evaluation.asking import Offer
 from hybrid.evaluation.runner import Job, Ledger
 from hybrid.evaluation.tasks import Task, learnable, read_split
 from hybrid.settings import MoaSettings, Settings
-from hybrid.types import JSON, Arm
+from hybrid.types import JSON
+from hybrid.types.arm import Arm
 
 #: tokens a second of a small model on two cores, 16 to 32 answers at once
 PREFILL_PER_S, DECODE_PER_S = 1500.0, 300.0

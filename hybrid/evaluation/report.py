@@ -16,7 +16,8 @@ from hybrid.evaluation.grounded import groundedness
 from hybrid.evaluation.measured import Measured
 from hybrid.evaluation.retrieval import retrieval
 from hybrid.evaluation.statistics import rule_of_three
-from hybrid.types import JSON, Arm
+from hybrid.types import JSON
+from hybrid.types.arm import Arm
 
 SCHEMA = 1
 #: examples of each arm that are shown to be read

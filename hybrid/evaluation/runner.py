@@ -23,7 +23,7 @@ from hybrid.evaluation.measured import AUTO
 from hybrid.evaluation.metrics import METRICS, Example, Metric
 from hybrid.evaluation.tasks import Learnable, Task, learnable
 from hybrid.knowledge.support import support
-from hybrid.types import Outcome
+from hybrid.types.outcome import Outcome
 
 INFLIGHT = 32
 OUTCOMES = "outcomes.jsonl"

@@ -20,7 +20,9 @@ from hybrid.evaluation.runner import INFLIGHT, Job, Ledger, Progress, jobs_for, 
 from hybrid.evaluation.tasks import DevSplit, Learnable, Task, TestSplit, read_split, read_task
 from hybrid.rooms import Home
 from hybrid.settings import Settings
-from hybrid.types import JSON, Arm, Outcome
+from hybrid.types import JSON
+from hybrid.types.arm import Arm
+from hybrid.types.outcome import Outcome
 
 DATA = "$HYBRID_DATA"
 

@@ -25,7 +25,8 @@ from hybrid.gate.features import (
 )
 from hybrid.gate.lexicon import Lexicon, Wording, look
 from hybrid.gate.noise import own_noise
-from hybrid.types import PROMPT, Arm, Passage
+from hybrid.types.arm import PROMPT, Arm
+from hybrid.types.passage import Passage
 
 #: prototypes kept of one view of one arm: a seeded sample, enough for the neighbours, small enough for a millisecond
 PROTOTYPES = 600

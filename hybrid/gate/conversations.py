@@ -10,7 +10,8 @@ import collections
 import hashlib
 import threading
 
-from hybrid.types import Arm, Request
+from hybrid.types.arm import Arm
+from hybrid.types.request import Request
 
 #: conversations remembered; the one that was silent longest is forgotten first
 _MOST = 4096

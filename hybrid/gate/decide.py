@@ -22,7 +22,11 @@ from hybrid.gate.model import Gate, Scores
 from hybrid.gate.policy import Policy
 from hybrid.knowledge.search import Library
 from hybrid.settings import GateSettings
-from hybrid.types import PROMPT, Arm, Decision, Passage, Request, Rights
+from hybrid.types.arm import PROMPT, Arm
+from hybrid.types.decision import Decision
+from hybrid.types.passage import Passage
+from hybrid.types.request import Request
+from hybrid.types.rights import Rights
 
 log = logging.getLogger("hybrid.gate")
 

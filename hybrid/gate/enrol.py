@@ -31,7 +31,8 @@ from hybrid.gate.train import train_gate
 from hybrid.knowledge.search import Library
 from hybrid.knowledge.shelves import Shelves
 from hybrid.rooms import Home
-from hybrid.types import Arm, Passage
+from hybrid.types.arm import Arm
+from hybrid.types.passage import Passage
 
 log = logging.getLogger("hybrid.gate")
 SAMPLE = 4000

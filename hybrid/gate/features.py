@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid.gate.lexicon import bare_input, is_question, rarity, words
-from hybrid.types import Passage
+from hybrid.types.passage import Passage
 
 Vectors = npt.NDArray[np.float32]
 Numbers = npt.NDArray[np.float64]

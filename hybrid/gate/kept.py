@@ -18,7 +18,7 @@ import numpy as np
 from hybrid.gate.features import COLUMNS
 from hybrid.gate.model import Weights
 from hybrid.rooms import Home
-from hybrid.types import Arm
+from hybrid.types.arm import Arm
 
 #: files kept; a home rarely goes back to an older set of arms
 _MOST = 8

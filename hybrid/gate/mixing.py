@@ -14,7 +14,9 @@ from hybrid.gate.decide import Decider
 from hybrid.gate.features import Numbers
 from hybrid.gate.sparse import balanced, top_k_softmax
 from hybrid.settings import GateSettings
-from hybrid.types import Arm, Decision, Request
+from hybrid.types.arm import Arm
+from hybrid.types.decision import Decision
+from hybrid.types.request import Request
 
 #: without weights: they are the gate's
 MIX = Arm("mix")

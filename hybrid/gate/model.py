@@ -21,7 +21,8 @@ from hybrid.gate.learned import Estimate
 from hybrid.gate.lexicon import words
 from hybrid.gate.noise import Pieces, believed, noise
 from hybrid.gate.taught import TASK, Blend, Taught, task_owner
-from hybrid.types import PROMPT, Arm, Passage
+from hybrid.types.arm import PROMPT, Arm
+from hybrid.types.passage import Passage
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from hybrid.errors import BadRequest, Forbidden
 from hybrid.gate.model import Scores
 from hybrid.settings import GateSettings
-from hybrid.types import PROMPT, Arm, Knobs
+from hybrid.types.arm import PROMPT, Arm
+from hybrid.types.request import Knobs
 
 #: what an answer costs where nothing was measured, in prompts of the base model: examples and passages lengthen the
 #: prompt, a head needs no engine, and agents that confer call it several times

@@ -11,7 +11,8 @@ import numpy as np
 from hybrid.gate.features import Numbers
 from hybrid.gate.memory import Places
 from hybrid.gate.outcomes import Table
-from hybrid.types import JSON, Arm
+from hybrid.types import JSON
+from hybrid.types.arm import Arm
 
 #: an arm measured less often than this in a group (or than on half of it) is not judged as the only arm
 _ENOUGH = 10

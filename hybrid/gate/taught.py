@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from hybrid.gate.features import Vectors
 from hybrid.gate.learned import Estimate, Learned
-from hybrid.types import PROMPT, Arm
+from hybrid.types.arm import PROMPT, Arm
 
 #: the strategy of an owner that is a measured task and no arm
 TASK = "task"

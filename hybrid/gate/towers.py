@@ -24,7 +24,7 @@ from hybrid.gate.features import Numbers
 from hybrid.gate.linear import Columns
 from hybrid.gate.memory import AROUND, Memory, Places
 from hybrid.gate.study import Asked, Study, Tensors, fill
-from hybrid.types import Arm, Strategy
+from hybrid.types.arm import Arm, Strategy
 
 #: after how many steps of training on a thousand rows the towers are tried; steps grow with the root of the rows
 STEPS = (30, 90, 270, 810)

@@ -18,7 +18,8 @@ from hybrid.gate.bank import Bank, Own, sample
 from hybrid.gate.features import COLUMNS, Corpus, Embed, Numbers, Vectors
 from hybrid.gate.lexicon import bare_input, tokens
 from hybrid.gate.model import DEFAULT, Weights, kind, softmax
-from hybrid.types import PROMPT, Arm, Passage
+from hybrid.types.arm import PROMPT, Arm
+from hybrid.types.passage import Passage
 
 Labels = npt.NDArray[np.intp]
 

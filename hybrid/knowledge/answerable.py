@@ -16,7 +16,8 @@ import numpy as np
 from hybrid.knowledge.logistic import Logistic
 from hybrid.knowledge.ranking import CLOSER, Floats, Hit
 from hybrid.knowledge.rerank import COLUMNS, Reranker, features
-from hybrid.types import JSON, Passage
+from hybrid.types import JSON
+from hybrid.types.passage import Passage
 
 #: columns of `rerank.features` that are read of the passage that comes first
 _FIRST = ("rare_words", "title_words", "title_asked", "pairs", "names", "dense_rank", "lexical_rank")

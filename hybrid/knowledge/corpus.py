@@ -26,7 +26,9 @@ from hybrid.knowledge.store import Holdings, Meta, Rows, Store
 from hybrid.knowledge.tuned import FILE, Tuned
 from hybrid.knowledge.visible import Visible, shown
 from hybrid.settings import RetrievalSettings
-from hybrid.types import JSON, Passage, Rights, Scores
+from hybrid.types import JSON
+from hybrid.types.passage import Passage, Scores
+from hybrid.types.rights import Rights
 
 log = logging.getLogger("hybrid.knowledge")
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from hybrid.knowledge.alike import Shingles, numbers, same, shingles
 from hybrid.knowledge.embed import Vectors
-from hybrid.types import Passage, Scores
+from hybrid.types.passage import Passage, Scores
 
 Floats = npt.NDArray[np.float64]
 Fusion = Literal["convex", "rrf"]

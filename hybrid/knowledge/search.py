@@ -33,7 +33,9 @@ from hybrid.knowledge.store import About, DocumentInfo
 from hybrid.knowledge.tuned import FILE, Tuned
 from hybrid.rooms import Home, check_name
 from hybrid.settings import RetrievalSettings
-from hybrid.types import JSON, Passage, Rights
+from hybrid.types import JSON
+from hybrid.types.passage import Passage
+from hybrid.types.rights import Rights
 
 log = logging.getLogger("hybrid.knowledge")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from hybrid.errors import ModelNotFound
 from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.examples import Shelf, rows_file
-from hybrid.types import Arm, Rights
+from hybrid.types.arm import Arm
+from hybrid.types.rights import Rights
 
 
 class Shelves:

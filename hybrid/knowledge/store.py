@@ -24,7 +24,8 @@ from hybrid.knowledge.embed import Vectors
 from hybrid.knowledge.faults import speak, spoken
 from hybrid.knowledge.tables import SCHEMA, documents, meta, names, passages, schema, waiting
 from hybrid.state import open_sqlite, upgrade
-from hybrid.types import JSON, Passage
+from hybrid.types import JSON
+from hybrid.types.passage import Passage
 
 Rows = npt.NDArray[np.int64]
 T = TypeVar("T", bound=Hashable)

@@ -14,7 +14,8 @@ from hybrid.knowledge.answerable import SIGNALS, Answerable, Found
 from hybrid.knowledge.ranking import WEIGHT, Hit, fused
 from hybrid.knowledge.rerank import COLUMNS, Reranker
 from hybrid.rooms import write_json
-from hybrid.types import JSON, Passage
+from hybrid.types import JSON
+from hybrid.types.passage import Passage
 
 log = logging.getLogger("hybrid.knowledge")
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from hybrid.knowledge.filters import Matches
 from hybrid.knowledge.store import Holdings, Rows
-from hybrid.types import Rights
+from hybrid.types.rights import Rights
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -40,7 +40,8 @@ from hybrid.state import State
 from hybrid.training.data import Dataset, read_dataset
 from hybrid.training.mixture import assemble
 from hybrid.training.study import predicted
-from hybrid.types import JSON, Outcome
+from hybrid.types import JSON
+from hybrid.types.outcome import Outcome
 
 #: dev examples asked of each arm
 LIMIT = 100

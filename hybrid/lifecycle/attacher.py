@@ -17,7 +17,8 @@ from hybrid.lifecycle.attachments import MAX_TRIES, Attachments
 from hybrid.lifecycle.child import GiveWay
 from hybrid.rooms import Home
 from hybrid.training.files import Files
-from hybrid.types import JSON, Rights
+from hybrid.types import JSON
+from hybrid.types.rights import Rights
 
 log = logging.getLogger("hybrid.lifecycle")
 _POLL_S = 0.2

@@ -21,7 +21,8 @@ from hybrid.lifecycle.corpora import Corpora
 from hybrid.state import State
 from hybrid.state import corpus_batches as batches
 from hybrid.state import corpus_files as table
-from hybrid.types import JSON, Rights
+from hybrid.types import JSON
+from hybrid.types.rights import Rights
 
 STATUSES = ("in_progress", "completed", "failed", "cancelled")
 #: a file that a crash met so often is given up

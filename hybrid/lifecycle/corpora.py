@@ -24,7 +24,8 @@ from hybrid.knowledge.search import Library
 from hybrid.rooms import Home, check_name
 from hybrid.state import State, corpus_files
 from hybrid.state import corpora as table
-from hybrid.types import JSON, Rights
+from hybrid.types import JSON
+from hybrid.types.rights import Rights
 
 DAY_S = 86_400
 #: how often a use is written down: when a corpus was last used matters in days

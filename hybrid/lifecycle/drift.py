@@ -18,7 +18,7 @@ from hybrid.knowledge.search import Library
 from hybrid.models import materialise
 from hybrid.settings import Settings, offline_environment
 from hybrid.state import State
-from hybrid.types import PROMPT
+from hybrid.types.arm import PROMPT
 
 DAY_S = 86400.0
 #: passages of a corpus that stand for it

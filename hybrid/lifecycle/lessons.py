@@ -14,7 +14,7 @@ from hybrid.evaluation.tasks import Task
 from hybrid.knowledge.ranking import CLOSER, Floats, Hit, fused
 from hybrid.knowledge.rerank import COLUMNS, Reranker, features
 from hybrid.strategies.followup import search_query
-from hybrid.types import Message
+from hybrid.types.request import Message
 
 #: what learned from four parts of the questions is looked at on the fifth
 FOLDS = 5

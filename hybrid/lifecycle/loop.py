@@ -52,7 +52,8 @@ from hybrid.lifecycle.replay import Desk, open_desk
 from hybrid.models import ModelFiles, materialise
 from hybrid.settings import Settings, offline_environment
 from hybrid.state import State
-from hybrid.types import JSON, Arm
+from hybrid.types import JSON
+from hybrid.types.arm import Arm
 
 #: dev rows of a task that each arm is asked; an adapter on a task that it was not trained for is asked fewer
 LIMIT, FOREIGN = 48, 16

@@ -27,7 +27,8 @@ from hybrid.evaluation.runner import Ledger, jobs_for, run, sample, token_limit
 from hybrid.evaluation.statistics import estimate, total_variation
 from hybrid.evaluation.tasks import DevSplit, Task, read_examples
 from hybrid.gateway import Gateway
-from hybrid.types import JSON, Outcome
+from hybrid.types import JSON
+from hybrid.types.outcome import Outcome
 
 log = logging.getLogger("hybrid.lifecycle")
 

@@ -10,7 +10,7 @@ from hybrid.errors import Refused
 from hybrid.models import materialise
 from hybrid.settings import Settings
 from hybrid.training.reward import Scorer
-from hybrid.types import Message
+from hybrid.types.request import Message
 
 
 class Raters:

@@ -17,7 +17,8 @@ from typing import Literal
 from hybrid.errors import Conflict, HybridError
 from hybrid.lifecycle.child import GiveWay
 from hybrid.lifecycle.corpora import Corpora
-from hybrid.types import JSON, Rights
+from hybrid.types import JSON
+from hybrid.types.rights import Rights
 
 log = logging.getLogger("hybrid.lifecycle")
 _POLL_S = 0.2

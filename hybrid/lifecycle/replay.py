@@ -34,7 +34,9 @@ from hybrid.knowledge.search import Library
 from hybrid.knowledge.shelves import Shelves
 from hybrid.settings import GateSettings, Settings
 from hybrid.state import State, decisions
-from hybrid.types import JSON, PROMPT, Knobs
+from hybrid.types import JSON
+from hybrid.types.arm import PROMPT
+from hybrid.types.request import Knobs
 
 #: decisions replayed at most, the newest
 MOST = 2000

@@ -15,7 +15,9 @@ from hybrid.errors import BadRequest, ContextTooLong, ModelNotFound
 from hybrid.server import grammar
 from hybrid.server.body import kind_of
 from hybrid.settings import ServerSettings
-from hybrid.types import JSON, Arm, Knobs, Message, Request
+from hybrid.types import JSON
+from hybrid.types.arm import Arm
+from hybrid.types.request import Knobs, Message, Request
 
 #: never forwarded: where the request goes, whose cache it shares, and tensors that would be unpickled
 DROPPED = frozenset(

@@ -17,7 +17,8 @@ from hybrid.server.body import read_json
 from hybrid.server.chat import body_schema
 from hybrid.server.house import house
 from hybrid.server.vector_stores import STORE, rights_of, store_told
-from hybrid.types import JSON, Passage
+from hybrid.types import JSON
+from hybrid.types.passage import Passage
 
 router = APIRouter(tags=["vector stores"])
 #: so much of a passage says which one it is

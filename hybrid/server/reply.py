@@ -20,7 +20,10 @@ from hybrid.knowledge.support import support
 from hybrid.server import errors
 from hybrid.server.asking import Asked
 from hybrid.server.metrics import Metrics
-from hybrid.types import JSON, Decided, Decision, Drafted, Event, Failed, Finished, Passage, Retrieved, Token, Usage
+from hybrid.types import JSON
+from hybrid.types.decision import Decision
+from hybrid.types.event import Decided, Drafted, Event, Failed, Finished, Retrieved, Token, Usage
+from hybrid.types.passage import Passage
 
 
 class Reply:

@@ -10,7 +10,8 @@ from hybrid.gateway import Gateway
 from hybrid.lifecycle.orders import Order
 from hybrid.server.body import kind_of
 from hybrid.training.recipes import Recipe
-from hybrid.types import JSON, Rights
+from hybrid.types import JSON
+from hybrid.types.rights import Rights
 
 #: OpenAI's word for a method → ours; ours can be said outright in `hybrid.method`
 _METHODS = {"supervised": None, "dpo": "dpo"}

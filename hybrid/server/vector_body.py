@@ -9,7 +9,8 @@ from typing import Any
 from hybrid.errors import BadRequest
 from hybrid.lifecycle.corpora import DAY_S
 from hybrid.server.body import kind_of
-from hybrid.types import JSON, Passage
+from hybrid.types import JSON
+from hybrid.types.passage import Passage
 
 MAX_PAIRS, MAX_KEY, MAX_VALUE = 16, 64, 512
 MAX_NAME, MAX_DESCRIPTION = 256, 4_000

@@ -17,7 +17,8 @@ from hybrid.server.chat import body_schema
 from hybrid.server.house import House, house
 from hybrid.server.vector_stores import STORE, Limit, Order, rights_of, wanted
 from hybrid.training.wire import page
-from hybrid.types import JSON, Rights
+from hybrid.types import JSON
+from hybrid.types.rights import Rights
 
 router = APIRouter(tags=["vector stores"])
 FILES = STORE + "/files"

@@ -18,7 +18,9 @@ from hybrid.server.body import read_json
 from hybrid.server.chat import body_schema
 from hybrid.server.house import House, house
 from hybrid.training.wire import page
-from hybrid.types import JSON, Passage, Rights
+from hybrid.types import JSON
+from hybrid.types.passage import Passage
+from hybrid.types.rights import Rights
 
 router = APIRouter(tags=["vector stores"])
 STORES = "/v1/vector_stores"

@@ -10,7 +10,9 @@ from collections.abc import AsyncIterator, Callable, Mapping
 
 from hybrid.strategies import adapter, few_shot, head, mix, moa, prompt, rag
 from hybrid.strategies.tools import Tools
-from hybrid.types import Arm, Event, Request
+from hybrid.types.arm import Arm
+from hybrid.types.event import Event
+from hybrid.types.request import Request
 
 Run = Callable[[Request, Arm, Tools], AsyncIterator[Event]]
 

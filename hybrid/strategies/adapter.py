@@ -10,7 +10,9 @@ from collections.abc import AsyncIterator
 
 from hybrid.prompts import instructed
 from hybrid.strategies.tools import Tools
-from hybrid.types import Arm, Event, Request
+from hybrid.types.arm import Arm
+from hybrid.types.event import Event
+from hybrid.types.request import Request
 
 
 async def run(request: Request, arm: Arm, tools: Tools) -> AsyncIterator[Event]:

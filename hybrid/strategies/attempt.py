@@ -11,7 +11,8 @@ import math
 from hybrid.strategies.panel import Draft, Seat
 from hybrid.strategies.round import propose
 from hybrid.strategies.tools import Tools
-from hybrid.types import Arm, Request
+from hybrid.types.arm import Arm
+from hybrid.types.request import Request
 
 #: what a client may ask for that an attempt cannot answer in its place
 _WHOLE = ("tools", "functions", "logprobs", "top_logprobs", "echo", "prompt_logprobs")

@@ -18,7 +18,11 @@ from hybrid.settings import Settings
 from hybrid.strategies import STRATEGIES
 from hybrid.strategies.moa import MARGIN
 from hybrid.strategies.panel import Panel, Rater
-from hybrid.types import Arm, Event, Finished, Message, Passage, Request, Rights, Token, Usage
+from hybrid.types.arm import Arm
+from hybrid.types.event import Event, Finished, Token, Usage
+from hybrid.types.passage import Passage
+from hybrid.types.request import Message, Request
+from hybrid.types.rights import Rights
 
 #: tokens kept for an answer whose length the request leaves open
 ANSWER = 256

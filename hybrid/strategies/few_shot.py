@@ -10,7 +10,9 @@ from collections.abc import AsyncIterator
 from hybrid.errors import BadRequest
 from hybrid.prompts import before_last_user, few_shot_messages
 from hybrid.strategies.tools import Tools
-from hybrid.types import Arm, Drafted, Event, Request
+from hybrid.types.arm import Arm
+from hybrid.types.event import Drafted, Event
+from hybrid.types.request import Request
 
 
 async def run(request: Request, arm: Arm, tools: Tools) -> AsyncIterator[Event]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
-from hybrid.types import Message
+from hybrid.types.request import Message
 
 #: a longer message says itself what it is about
 _SHORT = 8

@@ -13,7 +13,10 @@ from typing import Any
 from hybrid.errors import BadRequest
 from hybrid.strategies.said import said
 from hybrid.strategies.tools import Tools
-from hybrid.types import JSON, Arm, Drafted, Event, Request
+from hybrid.types import JSON
+from hybrid.types.arm import Arm
+from hybrid.types.event import Drafted, Event
+from hybrid.types.request import Request
 
 #: labels shown to those who ask for the reasons
 SHOWN = 5

@@ -18,7 +18,10 @@ from hybrid.strategies.panel import Draft, Panel, Seat
 from hybrid.strategies.round import drafted
 from hybrid.strategies.said import said
 from hybrid.strategies.tools import Tools
-from hybrid.types import Arm, Drafted, Event, Message, Passage, Request, Retrieved, Token
+from hybrid.types.arm import Arm
+from hybrid.types.event import Drafted, Event, Retrieved, Token
+from hybrid.types.passage import Passage
+from hybrid.types.request import Message, Request
 
 #: tokens of the chat template and of our own words around the drafts
 MARGIN = 160

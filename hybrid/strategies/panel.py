@@ -8,7 +8,10 @@ from pathlib import Path
 
 from hybrid.adapters.listing import AdapterVersion
 from hybrid.settings import Method
-from hybrid.types import Arm, Message, Passage, Usage
+from hybrid.types.arm import Arm
+from hybrid.types.event import Usage
+from hybrid.types.passage import Passage
+from hybrid.types.request import Message
 
 #: (the folder of a reward model, the conversation, answers to it) → how good each answer is; blocking
 Rater = Callable[[Path, Sequence[Message], Sequence[str]], Sequence[float]]

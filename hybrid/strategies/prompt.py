@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from hybrid.strategies.tools import Tools
-from hybrid.types import Arm, Event, Message, Request
+from hybrid.types.arm import Arm
+from hybrid.types.event import Event
+from hybrid.types.request import Message, Request
 
 
 async def base(request: Request, arm: Arm, tools: Tools) -> AsyncIterator[Event]:

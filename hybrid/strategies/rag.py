@@ -13,7 +13,9 @@ from hybrid.prompts import instructed, last_user, replace_last_user, with_passag
 from hybrid.strategies.followup import bare, search_query
 from hybrid.strategies.said import said
 from hybrid.strategies.tools import Tools
-from hybrid.types import Arm, Event, Request, Retrieved
+from hybrid.types.arm import Arm
+from hybrid.types.event import Event, Retrieved
+from hybrid.types.request import Request
 
 #: what asks for another shape than words; a refusal in words would break who reads it
 _SHAPES = ("tools", "functions", "response_format", "structured_outputs", "guided_json", "guided_regex",

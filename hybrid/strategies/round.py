@@ -12,7 +12,8 @@ from hybrid.errors import EngineError, EngineRejected, EngineTimeout, HybridErro
 from hybrid.prompts import with_system
 from hybrid.strategies.panel import Draft, Panel, Seat
 from hybrid.strategies.tools import Tools
-from hybrid.types import Drafted, Finished, Message, Retrieved, Token
+from hybrid.types.event import Drafted, Finished, Retrieved, Token
+from hybrid.types.request import Message
 
 Task = asyncio.Task[Draft]
 

@@ -6,7 +6,9 @@ import json
 import time
 from collections.abc import Iterator
 
-from hybrid.types import JSON, Request, Token
+from hybrid.types import JSON
+from hybrid.types.event import Token
+from hybrid.types.request import Request
 
 
 def said(

@@ -7,7 +7,10 @@ from typing import Any, Protocol
 
 from hybrid.knowledge.answerable import Found
 from hybrid.strategies.panel import Panel
-from hybrid.types import Arm, Event, Message, Passage, Token
+from hybrid.types.arm import Arm
+from hybrid.types.event import Event, Token
+from hybrid.types.passage import Passage
+from hybrid.types.request import Message
 
 
 class Tools(Protocol):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from hybrid.errors import DataError, SetupError
 from hybrid.training.formats import Example
-from hybrid.types import Message
+from hybrid.types.request import Message
 
 if TYPE_CHECKING:
     from torch import Tensor

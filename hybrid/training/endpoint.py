@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from hybrid.errors import EngineError, EngineRejected
-from hybrid.types import Message
+from hybrid.types.request import Message
 
 #: requests at a time; the client retries what a retry can mend
 _AT_ONCE = 8

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hybrid.prompts import task_message
-from hybrid.types import Message
+from hybrid.types.request import Message
 
 Row = Mapping[str, Any]
 Key = tuple[tuple[str, str], ...]

@@ -15,7 +15,7 @@ from hybrid.training.formats import Example, Item
 from hybrid.training.pool import Pool
 from hybrid.training.probe import Probe
 from hybrid.training.splits import is_closed
-from hybrid.types import Message
+from hybrid.types.request import Message
 
 Row = dict[str, Any]
 

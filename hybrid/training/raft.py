@@ -21,7 +21,7 @@ from hybrid.training import lora
 from hybrid.training.data import Dataset, digest
 from hybrid.training.formats import Example
 from hybrid.training.job import Fitted, Job
-from hybrid.types import Passage
+from hybrid.types.passage import Passage
 
 CORPUS = "corpus.jsonl"
 

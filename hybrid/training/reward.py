@@ -23,7 +23,7 @@ from hybrid.training.lora import adapted
 from hybrid.training.objective import Forward
 from hybrid.training.preference import Choice, Preferring, Rate, encoded_pairs, prefer
 from hybrid.training.start import take_up
-from hybrid.types import Message
+from hybrid.types.request import Message
 
 if TYPE_CHECKING:
     from torch import Tensor
