@@ -138,7 +138,7 @@ CSS = """
 .hy-ringed circle { fill-opacity: 1; stroke: var(--body-text-color); stroke-width: 1.2; }
 .hy-ringed text { font-size: 11px; font-weight: 600; text-anchor: middle; fill: var(--body-text-color);
   paint-order: stroke; stroke: var(--block-background-fill); stroke-width: 3px; }
-.hy-star path { fill: #facc15; stroke: #713f12; stroke-width: 1; } .hy-starred { color: #ca8a04; }
+.hy-star path { fill: #facc15; stroke: #713f12; stroke-width: 1; } .hy-starred { color: #ca8a04; margin-right: .35rem; }
 .hy-says { margin: .4rem 0; font-size: .84rem; white-space: pre-wrap; overflow-wrap: anywhere; min-height: 2.6em; }
 .hy-legend { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: 0; padding: 0;
   font-size: .8rem; color: var(--body-text-color-subdued); }
@@ -157,6 +157,7 @@ CSS = """
   .gradio-container > .main { padding: .4rem .5rem !important; }
   .hy-line { font-size: .76rem; gap: .15rem .8rem; }
   #hy-window { height: calc(100vh - 22rem) !important; }
+  .hy-map circle { r: 4.6px; } .hy-ringed circle { r: 8px; }
 }
 """
 
