@@ -293,7 +293,7 @@ from hybrid.adapters.store import AdapterStore
 from hybrid.rooms import Home
 from hybrid.settings import EngineSettings
 from hybrid.state import State, audit
-from hybrid.types import Message
+from hybrid.types.request import Message
 
 home, last = Home(Path(sys.argv[1])), int(sys.argv[2])
 
