@@ -117,7 +117,7 @@ class Gateway:
         """
         with self._counted(request.caller):
             request = self._entitled(request)
-            plan = await self._planner.plan(request)
+            plan = await self._plan(request)
             with self._using(plan.versions.values()):
                 async with contextlib.aclosing(self._events(request, plan)) as events:
                     async for event in events:
@@ -142,9 +142,18 @@ class Gateway:
 
     async def route(self, request: Request) -> Decision:
         """The decision alone; nothing is generated."""
-        plan = await self._planner.plan(self._entitled(request))
+        plan = await self._plan(self._entitled(request))
         self.journal.add(plan.decision, request.caller)
         return plan.decision
+
+    async def _plan(self, request: Request) -> Plan:
+        """The plan; of one that searches the decision says when meaning cannot be searched for."""
+        plan = await self._planner.plan(request)
+        trouble = self.library.trouble if "rag" in plan.decision.arm.strategy else ""
+        if not trouble:
+            return plan
+        decision = dataclasses.replace(plan.decision, reason=f"{plan.decision.reason}; {trouble}")
+        return dataclasses.replace(plan, decision=decision)
 
     def _entitled(self, request: Request) -> Request:
         """The request with what its caller may use at this moment."""
@@ -303,7 +312,7 @@ class Gateway:
         status = self.engine.status()
         if status.ready and not self._enrolment.warm:
             return False, "warming the gate", "reading adapters and corpora"
-        return status.ready, status.phase, status.detail
+        return status.ready, status.phase, status.detail or self.library.trouble
 
     def require_ready(self) -> None:
         """Raises NotReady with the phase while no answer would work."""
