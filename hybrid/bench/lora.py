@@ -8,6 +8,7 @@ machine disturbs both; a ratio is of two measurements next to one another. The f
 from __future__ import annotations
 
 import asyncio
+import re
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -195,7 +196,7 @@ def _draw(found: Found, path: Path) -> None:
         goal = 1 / case.limit if case.slower else case.limit
         axes.plot([place - 0.4, place + 0.4], [goal, goal], ":", color="grey")
     axes.axhline(1, color="black", linewidth=0.5)
-    axes.set_xticks(range(len(CASES)), [case.name.replace(", ", "\n") for case in CASES], fontsize=8)
+    axes.set_xticks(range(len(CASES)), [re.sub(", | (?=over|with)", "\n", case.name) for case in CASES], fontsize=8)
     axes.set_ylabel("speed by the base model's")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
