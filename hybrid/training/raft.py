@@ -119,8 +119,10 @@ class Retriever:
 
 
 def _holds(passages: Sequence[Passage], gold: Sequence[Passage]) -> bool:
-    """Whether one of them is gold; by their words, since a text that came twice is found under its first id."""
-    return bool({passage.text for passage in passages} & {passage.text for passage in gold})
+    """Whether one of them is gold: by its words, since a text that came twice is found under its first id, or by its
+    id, since one that is longer than the budget is cut."""
+    words, ids = ({getattr(p, part) for p in passages} & {getattr(p, part) for p in gold} for part in ("text", "id"))
+    return bool(words or ids)
 
 
 def _share(shown: Sequence[Sequence[Passage]], gold: Sequence[Sequence[Passage]]) -> float:
