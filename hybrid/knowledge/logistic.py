@@ -31,15 +31,16 @@ class Logistic:
         return 1 / (1 + np.exp(-np.clip(self.logits(rows), -50, 50)))  # type: ignore[no-any-return]
 
     @classmethod
-    def fit(cls, rows: Floats, right: Sequence[bool]) -> Self | None:
-        """The model of rows [n, d] and which of them are right; None where all of them are, or none."""
+    def fit(cls, rows: Floats, right: Sequence[bool], *, freedom: float = 1.0) -> Self | None:
+        """The model of rows [n, d] and which of them are right; None where all are, or none. The less `freedom`,
+        the smaller its weights stay (scikit-learn's C)."""
         from sklearn.linear_model import LogisticRegression
 
         if len(set(right)) < 2:
             return None
         mean, scale = rows.mean(axis=0), rows.std(axis=0)
         scale[scale < 1e-9] = 1.0
-        model: Any = LogisticRegression(max_iter=1000).fit((rows - mean) / scale, right)
+        model: Any = LogisticRegression(C=freedom, max_iter=1000).fit((rows - mean) / scale, right)
         weights, bias = model.coef_[0], float(model.intercept_[0])
         return cls(tuple(mean.tolist()), tuple(scale.tolist()), tuple(weights.tolist()), bias)
 

@@ -22,6 +22,8 @@ from hybrid.types import JSON
 FALSE_REFUSALS = 0.10
 #: a model that tells the two apart less often than this (AUROC) is not used
 TELLS = 0.7
+#: many signals say much the same: what is learned from one set of questions holds better for another with small weights
+FREEDOM = 0.1
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -75,7 +77,8 @@ def _fit(pairs: Sequence[Pair]) -> tuple[Logistic, Reranker | None] | None:
     if not pairs:
         return None
     look = closer([pair.present for pair in pairs])
-    model = Logistic.fit(np.concatenate([pair.rows(look) for pair in pairs]), [True, False] * len(pairs))
+    rows = np.concatenate([pair.rows(look) for pair in pairs])
+    model = Logistic.fit(rows, [True, False] * len(pairs), freedom=FREEDOM)
     return None if model is None else (model, look)
 
 
