@@ -24,11 +24,11 @@ class Logistic:
     def logits(self, rows: Floats) -> Floats:
         """The log-odds [n] of rows [n, d]."""
         standard = (rows - np.array(self.mean)) / np.array(self.scale)
-        return standard @ np.array(self.weights) + self.bias
+        return standard @ np.array(self.weights) + self.bias  # type: ignore[no-any-return]
 
     def scores(self, rows: Floats) -> Floats:
         """The probability [n] that each of the rows [n, d] is right."""
-        return 1 / (1 + np.exp(-np.clip(self.logits(rows), -50, 50)))  # type: ignore[no-any-return]
+        return 1 / (1 + np.exp(-np.clip(self.logits(rows), -50, 50)))
 
     @classmethod
     def fit(cls, rows: Floats, right: Sequence[bool], *, freedom: float = 1.0) -> Self | None:
