@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from server_kit import TOKEN, make_home, running
+from server_kit import TOKEN, make_home, running, until
 from training_kit import write_colours
 
 from hybrid.boot import token_counter
@@ -61,10 +61,14 @@ async def test_a_task_elsewhere_has_its_few_shot_arm(tmp_path: Path, elsewhere: 
         assert server.gateway.shelves.names() == [], "lent for the run alone"
         with pytest.raises(ModelNotFound, match="no examples of a task named 'colours'"):
             server.gateway.shelves.get("colours")
-        server.gateway.journal.flush()
-        with server.gateway.state.transaction() as connection:
-            callers = connection.exec_driver_sql("SELECT DISTINCT caller FROM decisions").scalars().all()
-        assert callers == [CALLER], "its questions are no traffic"
+
+        def callers() -> list[str]:
+            server.gateway.journal.flush()
+            with server.gateway.state.transaction() as connection:
+                return list(connection.exec_driver_sql("SELECT DISTINCT caller FROM decisions").scalars())
+
+        await until(lambda: bool(callers()))  # the server notes a decision once its answer has left
+        assert callers() == [CALLER], "its questions are no traffic"
 
 
 async def test_rows_that_change_are_read_again(tmp_path: Path, elsewhere: Path) -> None:
