@@ -19,7 +19,8 @@ from hybrid.adapters.canary import TOLERANCE, TOLERANCE_OF_EFFECT
 from hybrid.models import materialise
 from hybrid.settings import DEFAULT_MODEL, Settings
 
-pytestmark = pytest.mark.vllm
+# the fixture indexes and trains three versions beside a serving engine: five minutes on idle cores, more on busy ones
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 
 PASSAGES = 1200
 ROWS = 500
@@ -113,7 +114,7 @@ def fine_tune(client: openai.OpenAI, folder: Path, name: str) -> None:
     assert json.loads(message.content or "")["intent"]
 
 
-def until(there: Callable[[], bool], timeout_s: float = 600) -> None:
+def until(there: Callable[[], bool], timeout_s: float = 1200) -> None:
     deadline = time.monotonic() + timeout_s
     while not there():
         assert time.monotonic() < deadline
