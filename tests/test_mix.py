@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from adapters_kit import filling, make_adapter, make_base
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jobs_kit import make_trainable_home
 from safetensors.numpy import load_file, save_file
@@ -163,6 +163,7 @@ def test_sparse_weights_are_a_softmax_of_the_best(scores: list[list[float]], k: 
 
 
 @given(rows, st.integers(1, 3), st.floats(0, 5))
+@example([[0.0, 0.0]], 1, 5e-324)
 def test_balancing_never_makes_the_load_less_even(scores: list[list[float]], k: int, strength: float) -> None:
     given_ = np.array(scores)
     bias = balanced(given_, k, strength)

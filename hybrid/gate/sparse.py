@@ -59,7 +59,7 @@ def balanced(scores: Numbers, k: int, strength: float) -> Numbers:
     """
     bias = best = np.zeros(scores.shape[1])
     none, least = float(_chosen(scores, k).mean(axis=0).var()), np.inf
-    for step in np.geomspace(strength / 2, strength / 50, _ROUNDS) if strength > 0 else ():
+    for step in strength * np.geomspace(1 / 2, 1 / 50, _ROUNDS):
         load = _chosen(scores + bias, k).mean(axis=0)
         if load.var() <= none and (found := balance_loss(scores, k, bias)) < least:
             least, best = found, bias
