@@ -88,6 +88,8 @@ def engine(status: EngineStatus) -> JSON:
         "max_model_len": status.max_model_len,
         "pids": list(status.pids),
         "restarts": status.restarts,
+        "breaker": status.breaker,
+        "retries_refused": status.retries_refused,
         "log_tail": [] if status.ready else list(status.log_tail),
     }
 

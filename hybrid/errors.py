@@ -18,6 +18,7 @@ HybridError
 │   └── EngineRejected    4xx  passed through from the engine
 ├── NotReady              503  not_ready               (+ Retry-After)
 │   ├── Overloaded        503  overloaded              (+ Retry-After)
+│   ├── EngineFailing     503  engine_failing          (+ Retry-After)
 │   └── Draining          503  draining                (+ Retry-After)
 ├── EngineTimeout         504  engine_timeout
 ├── StorageError          507  storage_error           (a disk that is full, failing or read-only; a damaged file)
@@ -188,6 +189,13 @@ class Overloaded(NotReady):
 
     code = "overloaded"
     retry_after = 1.0
+
+
+class EngineFailing(NotReady):
+    """The engine failed one request after another: it is spared for a moment, and then tried with a single one."""
+
+    code = "engine_failing"
+    retry_after = 2.0
 
 
 class Draining(NotReady):

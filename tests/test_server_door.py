@@ -350,7 +350,7 @@ async def test_R25_names_and_labels_are_stable(server: Running) -> None:
             "hybrid_upstream_ttft_seconds",
         ),
         *("hybrid_engine_restarts_total", "hybrid_engine_ready", "hybrid_adapter_state", "hybrid_index_generation"),
-        "hybrid_job_state",
+        *("hybrid_job_state", "hybrid_engine_breaker", "hybrid_engine_retries_refused_total"),
     }
     templates = {route.path for route in server.app.routes if isinstance(route, APIRoute)}
     labels = {label for name, label in series if name == "hybrid_requests_total"}

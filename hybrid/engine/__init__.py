@@ -36,7 +36,8 @@ class AdapterRef:
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """What is known of the engine. `phase` is words for a user; `pids` every process of it."""
+    """What is known of the engine. `phase` is words for a user; `pids` every process of it; `breaker` closed, half_open
+    or open."""
 
     ready: bool
     phase: str
@@ -45,6 +46,8 @@ class EngineStatus:
     max_model_len: int = 0
     pids: tuple[int, ...] = ()
     restarts: int = 0
+    breaker: str = "closed"
+    retries_refused: int = 0
     log_tail: tuple[str, ...] = field(default=())
 
 

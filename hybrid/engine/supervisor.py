@@ -112,7 +112,7 @@ class Supervisor:
 
     def status(self) -> EngineStatus:
         """See `Engine.status`. While it starts, the detail is the last line of the engine's log."""
-        process = self._process
+        process, known = self._process, self._client.status()
         refused = "; ".join(f"{name} could not be loaded: {why}" for name, why in self._refused.items())
         tail = process.tail() if process and not self._ready else ()
         detail = self._detail or refused or (_LOG_PREFIX.sub("", tail[-1]) if tail else "")
@@ -120,10 +120,12 @@ class Supervisor:
             ready=self._ready,
             phase=self._phase,
             detail=detail,
-            model=self._client.model,
-            max_model_len=self._client.max_model_len,
+            model=known.model,
+            max_model_len=known.max_model_len,
             pids=process.pids if process else (),
             restarts=self._restarts,
+            breaker=known.breaker,
+            retries_refused=known.retries_refused,
             log_tail=tail,
         )
 

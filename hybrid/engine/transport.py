@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
 import aiohttp
 
+from hybrid.engine.retries import RetryBudget
 from hybrid.engine.wire import http_error
 from hybrid.errors import EngineError, EngineTimeout, HybridError, NotReady
 from hybrid.types import JSON
 
-#: more attempts while the connection itself cannot be made: nothing was sent, so nothing is done twice
+#: more attempts while the connection itself cannot be made (nothing was sent, so nothing is done twice), if the budget
+#: has them
 CONNECT_RETRIES = 2
 #: seconds an idle connection is kept: under the 5 s after which vLLM closes it, so that none dies as it is used
 KEEP_ALIVE_S = 3.0
@@ -22,7 +25,8 @@ KEEP_ALIVE_S = 3.0
 class Transport:
     """Sends requests to `unix:/path/to.sock` or `http://host:port[/v1]`."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.retries = RetryBudget(clock)
         self._socket = address.removeprefix("unix:") if address.startswith("unix:") else None
         self._base = "http://engine" if self._socket else address.rstrip("/").removesuffix("/v1")
         self._session: aiohttp.ClientSession | None = None
@@ -37,6 +41,7 @@ class Transport:
         *,
         timeout_s: float,
         check: bool = True,
+        retry: bool = True,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """A response, with a good status unless `check` is off.
 
@@ -46,7 +51,7 @@ class Transport:
         """
         try:
             async with within(timeout_s, "The engine did not begin to answer in time."):
-                response = await self._connect(method, path, body, headers)
+                response = await self._connect(method, path, body, headers, retry)
             try:
                 if check and response.status >= 400:
                     async with within(timeout_s, "The engine did not say in time what is wrong."):
@@ -81,13 +86,17 @@ class Transport:
             self._session = None
 
     async def _connect(
-        self, method: str, path: str, body: JSON | None, headers: Mapping[str, str] | None
+        self, method: str, path: str, body: JSON | None, headers: Mapping[str, str] | None, retry: bool
     ) -> aiohttp.ClientResponse:
-        for attempt in range(CONNECT_RETRIES + 1):
+        """The response, from the attempt that got through. Who asks again and again anyhow does not `retry` here."""
+        again = CONNECT_RETRIES if retry else 0
+        if retry:
+            self.retries.request()
+        for attempt in range(again + 1):
             try:
                 return await self._open_session().request(method, self._base + path, json=body, headers=headers)
             except aiohttp.ClientConnectorError:
-                if attempt == CONNECT_RETRIES:
+                if attempt == again or not self.retries.retry():
                     break
                 await asyncio.sleep(random.uniform(0.05, 0.15) * (attempt + 1))
         raise NotReady("The engine cannot be reached; it is starting or gone. Try again in a moment.")

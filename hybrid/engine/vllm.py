@@ -1,7 +1,7 @@
 """The client: an `Engine` over HTTP, for whatever speaks vLLM's dialect on a UNIX socket or at a URL.
 
-It never retries once a byte was sent, and aborts a request by closing its connection. It knows nothing of processes
-and readiness: `supervisor.py` does.
+It never retries once a byte was sent, and aborts a request by closing its connection. Answers are asked for through a
+breaker; probes and adapters are not. It knows nothing of processes and readiness: `supervisor.py` does.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 from aiohttp import ClientResponse
 
 from hybrid.engine import AdapterRef, EngineStatus
+from hybrid.engine.breaker import Breaker
 from hybrid.engine.transport import Transport, within
 from hybrid.engine.wire import COMPLETIONS, read_body, read_cards, read_chunk, read_events, read_logprobs, request_body
 from hybrid.errors import EngineError, EngineRejected, EngineTimeout, NotReady, Refused
@@ -34,19 +36,26 @@ LIST_TIMEOUT_S = 10.0
 _NO_NAN = "not JSON compliant"
 
 _Ask = Callable[[], tuple[str, JSON]]
+_Guard = AbstractContextManager[None]
 
 
 class VllmEngine:
     """`Engine` over HTTP. `address` is `unix:/path/to.sock` or `http://host:port[/v1]`; `model` the served base."""
 
-    def __init__(self, address: str, settings: EngineSettings, model: str = "") -> None:
+    def __init__(
+        self, address: str, settings: EngineSettings, model: str = "", clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.model = model
         self.max_model_len = settings.max_model_len
-        #: `time.monotonic()` when the engine last computed something for us, 0 before that
-        self.heard = 0.0
         self._settings = settings
-        self._http = Transport(address)
+        self._breaker = Breaker(clock)
+        self._http = Transport(address, clock)
         self._loading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    @property
+    def heard(self) -> float:
+        """When the engine last computed something for us, by the clock; 0 before that."""
+        return self._breaker.heard
 
     def generate(
         self,
@@ -59,36 +68,40 @@ class VllmEngine:
         request_id: str = "",
         cache_salt: str = "",
     ) -> AsyncIterator[Token]:
-        """See `Engine.generate`."""
+        """See `Engine.generate`. Raises EngineFailing too, without asking, while the breaker is open."""
         ask = partial(request_body, adapter or self.model, messages, prompt, sampling or {}, stream, cache_salt)
         headers = {"X-Request-Id": request_id} if request_id else {}
-        return self._stream(ask, headers) if stream else self._whole(ask, headers)
+        guard = self._breaker.attempt()
+        return self._stream(ask, headers, guard) if stream else self._whole(ask, headers, guard)
 
-    async def _whole(self, ask: _Ask, headers: Mapping[str, str]) -> AsyncIterator[Token]:
+    async def _whole(self, ask: _Ask, headers: Mapping[str, str], guard: _Guard) -> AsyncIterator[Token]:
         path, body = ask()
-        data = await self._http.post(path, body, headers, timeout_s=self._settings.answer_timeout_s)
-        self.heard = time.monotonic()
-        yield read_body(data)
+        with guard:
+            token = read_body(await self._http.post(path, body, headers, timeout_s=self._settings.answer_timeout_s))
+        self._breaker.answered()
+        yield token
 
-    async def _stream(self, ask: _Ask, headers: Mapping[str, str]) -> AsyncIterator[Token]:
+    async def _stream(self, ask: _Ask, headers: Mapping[str, str], guard: _Guard) -> AsyncIterator[Token]:
         path, body = ask()
         wait = self._settings.first_byte_timeout_s
-        async with self._http.send("POST", path, body, headers, timeout_s=wait) as response:
-            buffer = bytearray()
-            while True:
-                async with within(wait, "The engine stopped answering."):
-                    piece = await response.content.readany()
-                if not piece:
-                    raise EngineError("The engine broke off before the answer was complete. Ask again.")
-                self.heard = time.monotonic()
-                wait = self._settings.idle_timeout_s
-                buffer += piece
-                for data in read_events(buffer):
-                    if data == b"[DONE]":
-                        await _drain(response)
-                        return
-                    for token in read_chunk(data):
-                        yield token
+        with guard:
+            async with self._http.send("POST", path, body, headers, timeout_s=wait) as response:
+                buffer = bytearray()
+                while True:
+                    async with within(wait, "The engine stopped answering."):
+                        piece = await response.content.readany()
+                    if not piece:
+                        raise EngineError("The engine broke off before the answer was complete. Ask again.")
+                    wait = self._settings.idle_timeout_s
+                    buffer += piece
+                    for data in read_events(buffer):
+                        if data == b"[DONE]":
+                            await _drain(response)
+                            return
+                        tokens = read_chunk(data)
+                        self._breaker.answered()
+                        for token in tokens:
+                            yield token
 
     async def load(self, adapter: AdapterRef) -> None:
         """See `Engine.load`. One load a name at a time; never in place."""
@@ -142,7 +155,7 @@ class VllmEngine:
     async def healthy(self) -> bool:
         """Whether the server answers `/health` well. A hung engine does: `probe` is the real question."""
         try:
-            async with self._http.send("GET", "/health", timeout_s=LIST_TIMEOUT_S):
+            async with self._http.send("GET", "/health", timeout_s=LIST_TIMEOUT_S, retry=False):
                 return True
         except EngineRejected as error:
             return error.status == 404  # a server without that route
@@ -150,7 +163,10 @@ class VllmEngine:
             return False
 
     async def probe(self, timeout_s: float) -> None:
-        """Asks for one token, which only an engine that computes can give. Raises what went wrong."""
+        """Asks for one token, which only an engine that computes can give. Raises what went wrong.
+
+        The breaker does not keep it back, and its answer closes it: after a restart nobody has to wait for that.
+        """
         async with within(timeout_s, "The engine gives no token."):
             try:
                 await self._one_token([Message("user", "Hi")], None)
@@ -159,8 +175,14 @@ class VllmEngine:
 
     def status(self) -> EngineStatus:
         """What the client knows by itself: whether the engine has ever answered."""
-        phase = "ready" if self.heard else "not asked yet"
-        return EngineStatus(self.heard > 0, phase, model=self.model, max_model_len=self.max_model_len)
+        return EngineStatus(
+            ready=self.heard > 0,
+            phase="ready" if self.heard else "not asked yet",
+            model=self.model,
+            max_model_len=self.max_model_len,
+            breaker=self._breaker.state,
+            retries_refused=self._http.retries.refused,
+        )
 
     async def close(self) -> None:
         """Closes the connections; requests in flight are aborted."""
@@ -174,7 +196,8 @@ class VllmEngine:
             return read_cards(await response.read())
 
     async def _one_token(self, messages: Sequence[Message] | None, prompt: str | None) -> None:
-        async for _ in self.generate(messages, prompt=prompt, sampling={"max_tokens": 1}, stream=False):
+        ask = partial(request_body, self.model, messages, prompt, {"max_tokens": 1}, False, "")
+        async for _ in self._whole(ask, {}, nullcontext()):
             pass
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from hybrid.engine.breaker import STATES
 from hybrid.types import JSON
 from hybrid.types.decision import Decision
 
@@ -74,6 +75,13 @@ class _Home(Collector):
         restarts.add_metric([], status["engine"]["restarts"])
         ready = GaugeMetricFamily("hybrid_engine_ready", "1 when the engine can answer.")
         ready.add_metric([], float(status["engine"]["ready"]))
+        breaker = GaugeMetricFamily("hybrid_engine_breaker", "1 for the state the breaker is in.", None, ["state"])
+        for state in STATES:
+            breaker.add_metric([state], float(status["engine"]["breaker"] == state))
+        refused = CounterMetricFamily(
+            "hybrid_engine_retries_refused", "Retries to reach the engine that the budget refused."
+        )
+        refused.add_metric([], status["engine"]["retries_refused"])
         adapters = GaugeMetricFamily(
             "hybrid_adapter_state", "Adapter versions and their states.", None, ["adapter", "state"]
         )
@@ -86,4 +94,4 @@ class _Home(Collector):
         states = [job["status"] for job in status["jobs"]]
         for state in sorted(set(states)):
             jobs.add_metric([state], states.count(state))
-        yield from (restarts, ready, adapters, index, jobs)
+        yield from (restarts, ready, breaker, refused, adapters, index, jobs)
