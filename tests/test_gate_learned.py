@@ -200,6 +200,33 @@ def test_an_arm_is_not_taken_where_nobody_measured_it() -> None:
     assert (hard[:, 2] <= hard[:, :2].max(axis=1) + 1e-3).mean() > 0.95
 
 
+def specialists(each: int, seed: int, asked: int) -> tuple[Lessons, np.ndarray]:
+    """Eight tasks, each with an arm of its own that is right six times in ten; the others, right four and a half times
+    in ten, were asked the first `asked` of its `each` rows alone."""
+    centre, dice = np.random.default_rng(7).normal(size=(8, 32)), np.random.default_rng(seed)
+    task = np.repeat(np.arange(8), each)
+    vectors = centre[task] + 0.5 * dice.normal(size=(len(task), 32))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    own = task[:, None] == np.arange(8)
+    score = (dice.random(own.shape) < np.where(own, 0.6, 0.45)).astype(float)
+    score[~own & (np.arange(len(task)) % each >= asked)[:, None]] = np.nan
+    names, queries = (
+        tuple(f"adapter:t{i}" for i in range(8)),
+        tuple(f"question {i} of {seed}" for i in range(len(task))),
+    )
+    return Lessons(queries, queries, tuple(f"t{t}" for t in task), names, score, score), vectors.astype(np.float32)
+
+
+def test_an_arm_that_was_lucky_on_ten_rows_is_not_taken_for_the_best() -> None:
+    gate, facts = choose(*specialists(60, 1, 10), kinds=("tasks", "linear"))
+    table, vectors = specialists(200, 2, 200)
+    taken = gate.predict(table.queries, vectors, explain=False).score.argmax(axis=1)
+    assert (taken == np.repeat(np.arange(8), 200)).mean() > 0.85
+    assert facts["chosen"] == "tasks"
+    assert facts["kinds"]["tasks"]["trust"]["doubt"] > 0
+    assert abs(facts["kinds"]["tasks"]["auto"] - float(table.score[np.arange(1600), taken].mean())) < 0.08
+
+
 def test_the_same_outcomes_give_the_same_file(tmp_path: Path) -> None:
     table, vectors = benchmark(200, NEAR_TIES, 0.3, 1)
     home = Home(tmp_path)

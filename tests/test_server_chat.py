@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import math
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from server_kit import Running, chat, make_home, running, until
 
 from hybrid.adapters.preflight import read_base
 from hybrid.gate.model import Scores
+from hybrid.gate.turns import Turns
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -252,6 +254,35 @@ async def test_R18_a_gate_that_fails_costs_no_answer(server: Running, monkeypatc
         assert raw.headers["x-hybrid-selected-arm"] == server.settings.gate.default_arm
         assert raw.headers["x-hybrid-fallback"] == reason
         assert await server.metric(series) == before + 1
+
+
+async def test_R18_a_burst_is_routed_as_one_request_is(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    decider = server.gateway.decider
+    score = decider._score
+
+    def unhurried(request: object) -> object:
+        time.sleep(0.15)
+        return score(request)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(decider, "_turns", Turns(1.0))
+    monkeypatch.setattr(decider, "_score", unhurried)
+    asked = await asyncio.gather(*(server.post("/v1/route", chat(f"hello {n}", model="auto")) for n in range(20)))
+    assert {status for status, _, _ in asked} == {200}
+    assert "deadline" not in {body["decision"]["fallback"] for _, body, _ in asked}
+
+
+async def test_R18_a_gate_that_hangs_holds_nobody_up(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    decider, end = server.gateway.decider, threading.Event()
+    monkeypatch.setattr(decider, "_turns", Turns(0.3))
+    with monkeypatch.context() as stuck:
+        stuck.setattr(decider, "_score", lambda _request: end.wait())
+        try:
+            asked = await asyncio.gather(*(server.post("/v1/route", chat("hi", model="auto")) for _ in range(8)))
+        finally:
+            end.set()
+    assert [body["decision"]["fallback"] for _, body, _ in asked] == ["deadline"] * 8
+    _, body, _ = await server.post("/v1/route", chat("hello again", model="auto"))
+    assert body["decision"]["fallback"] != "deadline"
 
 
 async def test_R18_a_score_that_is_no_number_costs_no_answer(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:

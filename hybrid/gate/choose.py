@@ -3,14 +3,16 @@ of the arms they take, the simpler where they are level.
 
 A model that sees more than there is would be worse than always taking the best single arm. So what it says of an arm's
 advantage is scaled by how much of it held-out rows confirm (the regression of what came on what was predicted; nothing
-confirmed means the best single arm, always), and the other arms may have to be better by a margin.
+confirmed means the best single arm, always), the other arms may have to be better by a margin, and arms of which
+little was measured may be doubted. What the choice of an arm that a row was not asked is worth, the arm's other rows
+tell: judged by measured arms alone, a gate that takes lucky strangers would look as good as one that does not.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +23,15 @@ from hybrid.gate.front import areas, front
 from hybrid.gate.learned import KINDS, Learned, Trust, trusted
 from hybrid.gate.memory import Places
 from hybrid.gate.outcomes import Lessons, Table
-from hybrid.gate.routed import chosen, judge, paired
+from hybrid.gate.routed import ahead_by, chosen, judge
 from hybrid.gate.study import FOLDS, Study
 from hybrid.types import JSON
 
 Progress = Callable[[str, int, int], None]
 
 MARGINS = (0.0, 0.01, 0.02, 0.04, 0.08)
+#: standard errors by which an arm is doubted
+DOUBTS = (0.0, 1.0, 2.0, 3.0)
 #: a simpler kind is taken when the best one is ahead by less than this many standard errors
 _LEVEL = 0.5
 
@@ -35,13 +39,14 @@ _LEVEL = 0.5
 @dataclass(frozen=True, eq=False, slots=True)
 class Trial:
     """One kind as cross-validation found it best: its setting, how far to trust it, its scores [n, arms] for rows held
-    out, and the arms it took there [n]."""
+    out, the arms it would take there [n], and what those are `worth` [n]."""
 
     kind: str
     setting: float
     trust: Trust
     score: Numbers
     taken: Places
+    worth: Numbers
 
 
 def choose(
@@ -90,6 +95,8 @@ def _fitted(study: Study, best: Trial, trials: Sequence[Trial]) -> tuple[Learned
         arms=table.arms,
         model=KINDS[best.kind].fit(study, best.setting),
         memory=study.memory,
+        groups=study.groups,
+        means=study.means,
         trust=best.trust,
         calibration=calibration,
         conformal=Conformal.of(study.asked.near, table, score),
@@ -110,17 +117,17 @@ def _fitted(study: Study, best: Trial, trials: Sequence[Trial]) -> tuple[Learned
 
 def _told(table: Table, trial: Trial) -> JSON:
     return {
-        **judge(table, trial.taken).wire(),
+        **judge(table, trial.taken, trial.worth).wire(),
         "setting": trial.setting,
-        "trust": {"advantage": round(trial.trust.advantage, 4), "margin": trial.trust.margin},
+        "trust": {name: round(value, 4) for name, value in asdict(trial.trust).items()},
     }
 
 
 def _winner(table: Table, trials: Sequence[Trial]) -> Trial:
     """The trial that scores best, or the simplest that is level with it; `trials` come simplest first."""
-    best = max(trials, key=lambda trial: judge(table, trial.taken).auto)
+    best = max(trials, key=lambda trial: float(table.weights @ trial.worth))
     for trial in trials:
-        ahead, error = paired(table, best.taken, trial.taken)
+        ahead, error = ahead_by(best.worth, trial.worth)
         if ahead <= _LEVEL * error:
             return trial
     return best
@@ -137,7 +144,8 @@ def _trial(study: Study, kind: str) -> Trial:
     _, setting, advantage, raw = found
     trust = _trust(study, raw, advantage)
     score = _trusted(study, raw, trust)
-    return Trial(kind, setting, trust, score, _taken(study.table, score))
+    taken: Places = score.argmax(axis=1)
+    return Trial(kind, setting, trust, score, taken, _worth(study, taken))
 
 
 def _confirmed(study: Study, raw: Numbers) -> tuple[float, float]:
@@ -165,30 +173,28 @@ def _confirmed(study: Study, raw: Numbers) -> tuple[float, float]:
 
 
 def _trust(study: Study, raw: Numbers, advantage: float) -> Trust:
-    """The margin that scores best on held-out rows; the best single arm alone where no margin is better than it."""
-    found = [Trust(advantage, margin) for margin in MARGINS]
+    """The margin and the doubt that score best on held-out rows; the best single arm alone where none is better."""
+    found = [Trust(advantage, margin, doubt) for margin in MARGINS for doubt in DOUBTS]
     scores = [_score(study, raw, trust) for trust in found]
     best = int(np.argmax(scores))
     return found[best] if scores[best] > _score(study, raw, Trust(0.0)) else Trust(0.0)
 
 
 def _score(study: Study, raw: Numbers, trust: Trust) -> float:
-    taken = _taken(study.table, _trusted(study, raw, trust))
-    return float(study.table.weights @ study.table.score[np.arange(len(taken)), taken])
+    return float(study.table.weights @ _worth(study, _trusted(study, raw, trust).argmax(axis=1)))
+
+
+def _worth(study: Study, taken: Places) -> Numbers:
+    worth: Numbers = study.worth[np.arange(len(taken)), taken]
+    return worth
 
 
 def _trusted(study: Study, raw: Numbers, trust: Trust) -> Numbers:
     """Scores for the rows held out, each fold's by what the other folds measured."""
     out = np.empty_like(raw)
     for fold in study.folds:
-        out[fold.tried] = trusted(raw[fold.tried], fold.asked.near, study.memory, fold.means, trust)
+        out[fold.tried] = trusted(raw[fold.tried], fold.asked.group, fold.means, trust)
     return out
-
-
-def _taken(table: Table, score: Numbers) -> Places:
-    """[n]: the best-scored of the arms that were measured on each row."""
-    taken: Places = np.where(table.measured, score, -np.inf).argmax(axis=1)
-    return taken
 
 
 def _calibration(study: Study, best: Trial) -> JSON:

@@ -5,13 +5,13 @@ Whatever goes wrong here costs quality, never the answer: the default arm is tak
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from hybrid.gate.conversations import Conversations
 from hybrid.gate.features import PASSAGES, Vectors
 from hybrid.gate.model import Gate, Scores
 from hybrid.gate.policy import Policy
+from hybrid.gate.turns import Turns
 from hybrid.knowledge.search import Library
 from hybrid.settings import GateSettings
 from hybrid.types.arm import PROMPT, Arm
@@ -39,6 +40,7 @@ class Decider:
         self._policy = policy
         self._library = library
         self._settings = settings
+        self._turns = Turns(settings.deadline_ms / 1000)
         self._conversations = Conversations()
 
     async def decide(self, request: Request) -> Decision:
@@ -48,8 +50,7 @@ class Decider:
         """
         began = time.perf_counter()
         try:
-            async with asyncio.timeout(self._settings.deadline_ms / 1000):
-                scores = permitted(await asyncio.to_thread(self._score, request), request.rights)
+            scores = permitted(await self._turns.run(partial(self._score, request)), request.rights)
             if any(not math.isfinite(score) for score in scores.by_arm.values()):
                 raise ValueError("the gate gave a score that is not a number")
             kept = self._conversations.arm(request)

@@ -25,11 +25,13 @@ _ROWS = 512
 @dataclass(frozen=True, eq=False, slots=True)
 class Knn:
     """`k` neighbours vote with weight exp((cosine - best cosine) / temperature); an arm that a neighbour was not
-    measured with gets no vote of it, and every arm leans on its mean in the groups of the neighbours."""
+    measured with gets no vote of it, and every arm leans on its mean in the groups of the neighbours, `prior` [groups,
+    arms]."""
 
     kind: ClassVar[str] = "knn"
 
     memory: Memory
+    prior: Numbers
     k: int
     temperature: float
 
@@ -44,10 +46,10 @@ class Knn:
 
     @classmethod
     def fit(cls, study: Study, setting: float) -> Knn:
-        return cls(study.memory, *_SETTINGS[int(setting)])
+        return cls(study.memory, study.means.mean, *_SETTINGS[int(setting)])
 
     def raw(self, asked: Asked) -> Numbers:
-        prior = self.memory.means.mean[self.memory.group]
+        prior = self.prior[self.memory.group]
         return _votes(asked.near, self.memory.score, prior, self.k, self.temperature)
 
     @property
@@ -55,12 +57,12 @@ class Knn:
         return self.k
 
     def tensors(self) -> Tensors:
-        return {"setting": np.array([self.k, self.temperature])}
+        return {"setting": np.array([self.k, self.temperature]), "prior": self.prior}
 
     @classmethod
     def load(cls, tensors: Mapping[str, npt.NDArray[Any]], memory: Memory) -> Knn:
         k, temperature = tensors["setting"].tolist()
-        return cls(memory, int(k), float(temperature))
+        return cls(memory, tensors["prior"], int(k), float(temperature))
 
 
 def _votes(near: Near, score: Numbers, prior: Numbers, k: int, temperature: float) -> Numbers:

@@ -1,6 +1,6 @@
 """A gate that outcomes taught: expected score and cost of every arm, how usual a request is, and who says so.
 
-    model (knn, linear or towers) ─► bounded to what was measured ─► trust ─► calibrated ─► Estimate
+    model (tasks, knn, linear or towers) ─► bounded to what was measured ─► trust ─► calibrated ─► Estimate
 
 Fitting is heavy and may import torch and scikit-learn; predicting is numpy alone, and any number of threads may do it.
 """
@@ -8,6 +8,7 @@ Fitting is heavy and may import torch and scikit-learn; predicting is numpy alon
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,17 +17,19 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid.errors import Refused
+from hybrid.gate.bytask import ByTask
 from hybrid.gate.calibrate import Conformal, Isotonic
 from hybrid.gate.features import Numbers, Vectors
 from hybrid.gate.form import FORM, form
+from hybrid.gate.groups import GroupMeans, Groups
 from hybrid.gate.knn import Knn
 from hybrid.gate.linear import Linear
-from hybrid.gate.memory import AROUND, Example, GroupMeans, Memory, Near
+from hybrid.gate.memory import AROUND, Example, Memory
 from hybrid.gate.study import Asked, Model, Tensors
 from hybrid.gate.towers import Towers
 
 #: simplest first: of equals the simpler is taken
-KINDS: Mapping[str, type[Model]] = {kind.kind: kind for kind in (Knn, Linear, Towers)}
+KINDS: Mapping[str, type[Model]] = {kind.kind: kind for kind in (ByTask, Knn, Linear, Towers)}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -47,10 +50,12 @@ class Estimate:
 @dataclass(frozen=True, eq=False, slots=True)
 class Trust:
     """How far a model is believed: `advantage` 0..1 scales how an arm differs from its mean (0: the best single arm
-    is always taken), and every arm but the best single one must be better by `margin`."""
+    is always taken), every arm but the best single one must be better by `margin`, and every arm is doubted by so many
+    standard errors of what was measured of it in the request's group."""
 
     advantage: float
     margin: float = 0.0
+    doubt: float = 0.0
 
     def __call__(self, raw: Numbers, means: Numbers) -> Numbers:
         """Scores [n, arms] from raw ones and the arms' means [arms]; what all arms share of a request stays."""
@@ -68,6 +73,8 @@ class Learned:
     arms: tuple[str, ...]
     model: Model
     memory: Memory
+    groups: Groups
+    means: GroupMeans
     trust: Trust
     calibration: Isotonic
     conformal: Conformal
@@ -77,15 +84,16 @@ class Learned:
 
     @property
     def kind(self) -> str:
-        """ "knn", "linear" or "towers"."""
+        """ "tasks", "knn", "linear" or "towers"."""
         return self.model.kind
 
     def predict(self, queries: Sequence[str], vectors: Vectors, *, explain: bool = True) -> Estimate:
         """What to expect of requests with their unit vectors [n, d]. Without `explain` no examples are looked up."""
         near = self.memory.near(vectors, max(self.model.reach, AROUND))
-        raw = self.model.raw(Asked(vectors, form(queries), near))
+        looks = form(queries)
+        asked = Asked(vectors, looks, near, self.groups(vectors, looks))
         return Estimate(
-            score=self.calibration(trusted(raw, near, self.memory, self.memory.means, self.trust)),
+            score=self.calibration(trusted(self.model.raw(asked), asked.group, self.means, self.trust)),
             cost=self.memory.costs(near),
             typical=self.conformal.typical(near),
             nearest=self.memory.examples(near, self.arms) if explain else (),
@@ -102,15 +110,18 @@ class Learned:
         words = {"arms": self.arms, "kind": self.kind, "groups": self.memory.groups, "texts": self.memory.texts}
         own = {f"model.{name}": value for name, value in self.model.tensors().items()}
         kept = {f"conformal.{name}": value for name, value in self.conformal.tensors().items()}
+        told = {f"groups.{name}": value for name, value in self.groups.tensors().items()}
         return {
             **own,
             **kept,
+            **told,
             "words": np.frombuffer(json.dumps({**words, "form": FORM}).encode(), dtype=np.uint8),
             "memory.vectors": self.memory.vectors.astype(np.float16),
             "memory.score": self.memory.score.astype(np.float32),
             "memory.cost": self.memory.cost.astype(np.float32),
             "memory.group": self.memory.group.astype(np.int32),
-            "trust": np.array([self.trust.advantage, self.trust.margin]),
+            "means": np.stack([self.means.mean, self.means.error, self.means.measured]),
+            "trust": np.array([self.trust.advantage, self.trust.margin, self.trust.doubt]),
             "calibration": np.stack([self.calibration.x, self.calibration.y]),
             "taught": self.taught,
             "held_out": self.held_out,
@@ -137,23 +148,28 @@ class Learned:
             tuple(words["groups"]),
             tuple(words["texts"]),
         )
-        own = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+        parts: dict[str, Tensors] = defaultdict(dict)
+        for name, value in tensors.items():
+            part, _, of = name.rpartition(".")
+            parts[part][of] = value
         x, y = tensors["calibration"]
-        advantage, margin = tensors["trust"].tolist()
+        mean, error, measured = tensors["means"]
         return cls(
             arms=tuple(words["arms"]),
-            model=KINDS[words["kind"]].load(own, memory),
+            model=KINDS[words["kind"]].load(parts["model"], memory),
             memory=memory,
-            trust=Trust(advantage, margin),
+            groups=Groups.load(parts["groups"]),
+            means=GroupMeans(mean, error, measured > 0),
+            trust=Trust(*tensors["trust"].tolist()),
             calibration=Isotonic(x, y),
-            conformal=Conformal.load({n.removeprefix("conformal."): v for n, v in tensors.items()}),
+            conformal=Conformal.load(parts["conformal"]),
             taught=tensors["taught"],
             held_out=tensors["held_out"],
         )
 
 
-def trusted(raw: Numbers, near: Near, memory: Memory, means: GroupMeans, trust: Trust) -> Numbers:
-    """Raw scores [n, arms] as far as they are believed: by `trust`, and within what was measured near by."""
-    group, votes = memory.group[near.rows[:, :AROUND]], np.isfinite(near.similarity[:, :AROUND])
-    believed = trust(means.bounded(raw, group, votes), means.arm)
-    return means.bounded(believed, group, votes)
+def trusted(raw: Numbers, group: Numbers, means: GroupMeans, trust: Trust) -> Numbers:
+    """Raw scores [n, arms] as far as they are believed of requests with these probabilities of groups [n, groups]: by
+    `trust`, and within what was measured of the arms there."""
+    believed = means.bounded(trust(means.bounded(raw, group), means.arm), group)
+    return believed - trust.doubt * means.doubt(group) if trust.doubt else believed

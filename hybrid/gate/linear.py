@@ -9,31 +9,12 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from hybrid.gate.columns import Columns
 from hybrid.gate.features import Numbers
-from hybrid.gate.memory import AROUND, Memory
+from hybrid.gate.memory import AROUND, Memory, Places
 from hybrid.gate.study import Asked, Study, Tensors, fill
 
 PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-#: a column of the form varies as much as a few columns of a unit vector
-_FORM_SCALE = 0.1
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Columns:
-    """Makes the columns that regressions see: the vector, and the form standardised by `middle` and `spread`."""
-
-    middle: Numbers
-    spread: Numbers
-
-    @classmethod
-    def of(cls, form: Numbers) -> Columns:
-        """Measured on the forms [n, columns] of the rows that are fitted."""
-        return cls(form.mean(axis=0), np.maximum(form.std(axis=0), 1e-3))
-
-    def __call__(self, asked: Asked) -> Numbers:
-        """[n, d + columns]."""
-        form = np.clip((asked.form - self.middle) / self.spread, -4, 4)
-        return np.concatenate([asked.vectors.astype(np.float64), _FORM_SCALE * form], axis=1)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -48,38 +29,38 @@ class Linear:
 
     @classmethod
     def trials(cls, study: Study) -> Iterator[tuple[float, Numbers]]:
-        tried: list[list[tuple[npt.NDArray[np.intp], Numbers]]] = [[] for _ in PENALTIES]
-        columns = Columns.of(study.asked.form)
-        x = columns(study.asked)
+        tried: list[list[tuple[Places, Numbers]]] = [[] for _ in PENALTIES]
         for fold in study.folds:
-            found = _ridge(x[fold.fitted], study.table.score[fold.fitted], PENALTIES)
-            for parts, (weight, bias) in zip(tried, found, strict=True):
-                parts.append((fold.tried, x[fold.tried] @ weight + bias))
+            found = cls.ridge(study.asked.part(fold.fitted), study.table.score[fold.fitted], PENALTIES)
+            for parts, linear in zip(tried, found, strict=True):
+                parts.append((fold.tried, linear.raw(fold.asked)))
         for penalty, parts in zip(PENALTIES, tried, strict=True):
-            yield penalty, fill(len(x), parts)
+            yield penalty, fill(len(study.table), parts)
 
     @classmethod
     def fit(cls, study: Study, setting: float) -> Linear:
-        columns = Columns.of(study.asked.form)
-        weight, bias = _ridge(columns(study.asked), study.table.score, (setting,))[0]
-        return cls(columns, weight, bias)
+        return cls.ridge(study.asked, study.table.score, (setting,))[0]
+
+    @classmethod
+    def ridge(cls, asked: Asked, score: Numbers, penalties: Sequence[float]) -> list[Linear]:
+        """One for every penalty, fitted to scores [n, arms] with NaN where nothing is known."""
+        columns = Columns.of(asked.form)
+        found = _ridge(columns(asked.vectors, asked.form), score, penalties)
+        return [cls(columns, weight, bias) for weight, bias in found]
 
     def raw(self, asked: Asked) -> Numbers:
-        return self.columns(asked) @ self.weight + self.bias
+        return self.columns(asked.vectors, asked.form) @ self.weight + self.bias
 
     @property
     def reach(self) -> int:
         return AROUND
 
     def tensors(self) -> Tensors:
-        return {
-            "middle": self.columns.middle, "spread": self.columns.spread,
-            "weight": self.weight, "bias": self.bias,
-        }  # fmt: skip
+        return {**self.columns.tensors(), "weight": self.weight, "bias": self.bias}
 
     @classmethod
     def load(cls, tensors: Mapping[str, npt.NDArray[Any]], memory: Memory) -> Linear:
-        return cls(Columns(tensors["middle"], tensors["spread"]), tensors["weight"], tensors["bias"])
+        return cls(Columns.load(tensors), tensors["weight"], tensors["bias"])
 
 
 def _ridge(x: Numbers, score: Numbers, penalties: Sequence[float]) -> list[tuple[Numbers, Numbers]]:

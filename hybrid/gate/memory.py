@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -96,11 +95,6 @@ class Memory:
         return Near(rows, cosines)
 
     @cached_property
-    def means(self) -> GroupMeans:
-        """What every arm scored in every group."""
-        return GroupMeans.of(self.score, self.group, len(self.groups))
-
-    @cached_property
     def common_cost(self) -> Numbers:
         """[arms]: what an answer of each arm costs on average; the mean of all where nothing is known of one."""
         known = ~np.isnan(self.cost)
@@ -132,48 +126,3 @@ class Memory:
 def _best(near: Near) -> Iterator[list[tuple[int, float]]]:
     for rows, cosines in zip(near.rows[:, :USUAL_OF], near.similarity[:, :USUAL_OF], strict=True):
         yield [(int(i), round(float(c), 4)) for i, c in zip(rows, cosines, strict=True) if np.isfinite(c)]
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class GroupMeans:
-    """The mean score of every arm in every group, `mean` [groups, arms], and where it was `measured` at all.
-
-    With few rows a mean is drawn to the arm's own over all groups. An arm that nobody measured in a group is taken to
-    be no better there than the arms that were: else it would be chosen for what it can do elsewhere.
-    """
-
-    mean: Numbers
-    measured: npt.NDArray[np.bool_]
-
-    @classmethod
-    def of(cls, score: Numbers, group: Places, groups: int) -> GroupMeans:
-        """From scores [n, arms] and the group of each row [n]."""
-        known = ~np.isnan(score)
-        filled = np.where(known, score, 0.0)
-        count, total = np.zeros((groups, score.shape[1])), np.zeros((groups, score.shape[1]))
-        np.add.at(count, group, known)
-        np.add.at(total, group, filled)
-        overall = filled.sum() / max(known.sum(), 1)
-        arm = (filled.sum(axis=0) + overall) / (known.sum(axis=0) + 1)
-        usual = total.sum(axis=1) / np.maximum(count.sum(axis=1), 1)
-        mean = (total + arm) / (count + 1)
-        return cls(np.where(count > 0, mean, np.minimum(arm, usual[:, None])), count > 0)
-
-    @property
-    def arm(self) -> Numbers:
-        """[arms]: the mean over groups."""
-        overall: Numbers = self.mean.mean(axis=0)
-        return overall
-
-    def bounded(self, score: Numbers, group: Places, votes: npt.NDArray[Any]) -> Numbers:
-        """Scores [n, arms] where no arm beats the measured ones in groups that it was not measured in.
-
-        `group` [n, k] are the groups of the neighbours, `votes` [n, k] whether each counts.
-        """
-        if self.measured.all():
-            return score
-        weight = votes[:, :, None].astype(np.float64)
-        cover = (self.measured[group] * weight).sum(axis=1) / np.maximum(weight.sum(axis=1), 1)
-        usual = (cover * score).sum(axis=1, keepdims=True) / np.maximum(cover.sum(axis=1, keepdims=True), 1e-9)
-        bounded: Numbers = cover * score + (1 - cover) * np.minimum(score, usual)
-        return bounded

@@ -76,10 +76,10 @@ class Routed:
         }
 
 
-def judge(table: Table, taken: Places) -> Routed:
-    """The yardstick for the arms taken [n], each measured on its row."""
+def judge(table: Table, taken: Places, worth: Numbers | None = None) -> Routed:
+    """The yardstick for the arms taken [n], each measured on its row, unless `worth` [n] says what each is worth."""
     weights, rows = table.weights, np.arange(len(table))
-    auto = float(weights @ table.score[rows, taken])
+    auto = float(weights @ (table.score[rows, taken] if worth is None else worth))
     oracle = float(weights @ np.nanmax(table.score, axis=1))
     arm, best, best_cost = best_single(table)
     room = oracle - best
@@ -169,8 +169,7 @@ def mean_cost(cost: Numbers, weights: Numbers) -> float | None:
     return float(f"{float(weights[known] @ cost[known] / weights[known].sum()):.6g}")
 
 
-def paired(table: Table, left: Places, right: Places) -> tuple[float, float]:
-    """(mean difference of two ways of choosing, its standard error) on the same rows."""
-    rows = np.arange(len(table))
-    gap = table.score[rows, left] - table.score[rows, right]
+def ahead_by(left: Numbers, right: Numbers) -> tuple[float, float]:
+    """(mean difference of two ways of choosing, its standard error) from the scores of both on the same rows [n]."""
+    gap = left - right
     return float(gap.mean()), float(gap.std() / np.sqrt(max(len(gap) - 1, 1)))

@@ -14,7 +14,8 @@ import numpy.typing as npt
 from hybrid.errors import DataError
 from hybrid.gate.features import Numbers, Vectors
 from hybrid.gate.form import form
-from hybrid.gate.memory import GroupMeans, Memory, Near, Places
+from hybrid.gate.groups import GroupMeans, Groups
+from hybrid.gate.memory import Memory, Near, Places
 from hybrid.gate.outcomes import Lessons, lessons
 
 Tensors = dict[str, npt.NDArray[Any]]
@@ -28,15 +29,17 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Asked:
-    """Requests as a gate sees them: unit `vectors` [n, d], `form` [n, columns], and what they are `near` to."""
+    """Requests as a gate sees them: unit `vectors` [n, d], `form` [n, columns], what they are `near` to, and the
+    probabilities of the groups they may be of, `group` [n, groups]."""
 
     vectors: Vectors
     form: Numbers
     near: Near
+    group: Numbers
 
     def part(self, index: Places) -> Asked:
         """Some of the requests."""
-        return Asked(self.vectors[index], self.form[index], self.near.part(index))
+        return Asked(self.vectors[index], self.form[index], self.near.part(index), self.group[index])
 
 
 class Model(Protocol):
@@ -86,12 +89,18 @@ class Fold:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Study:
-    """A table laid out for cross-validation: its folds, and the neighbours of every row among the other folds."""
+    """A table laid out for cross-validation: its folds, every row as `asked` with the neighbours and groups that the
+    other folds tell, its own `group` [n], what all of it says of `groups` and their `means`, and the `worth` [n, arms]
+    of taking an arm for a row."""
 
     table: Lessons
     asked: Asked
     memory: Memory
     folds: tuple[Fold, ...]
+    group: Places
+    groups: Groups
+    means: GroupMeans
+    worth: Numbers
     seed: int
 
     @classmethod
@@ -100,14 +109,43 @@ class Study:
         may not teach."""
         place = _folds(lessons(table), seed)
         memory, kept = Memory.of(table, vectors, seed)
-        asked = Asked(vectors, form(table.queries), memory.near(vectors, NEIGHBOURS, (place, place[kept])))
-        group, groups = table.places
-        folds = []
+        near = memory.near(vectors, NEIGHBOURS, (place, place[kept]))
+        looks = form(table.queries)
+        group, names = table.places
+        chance, worth = np.empty((len(table), len(names))), np.empty_like(table.score)
+        parts = []
         for fold in range(int(place.max()) + 1):
             fitted, tried = np.flatnonzero(place != fold), np.flatnonzero(place == fold)
-            means = GroupMeans.of(table.score[fitted], group[fitted], len(groups))
-            folds.append(Fold(fitted, tried, means, asked.part(tried)))
-        return cls(table, asked, memory, tuple(folds), seed)
+            means = GroupMeans.of(table.score[fitted], group[fitted], len(names))
+            groups = Groups.of(vectors[fitted], looks[fitted], group[fitted], len(names))
+            chance[tried] = groups(vectors[tried], looks[tried])
+            worth[tried] = means.mean[group[tried]]
+            parts.append((fitted, tried, means))
+        asked = Asked(vectors, looks, near, chance)
+        return cls(
+            table,
+            asked,
+            memory,
+            tuple(Fold(fitted, tried, means, asked.part(tried)) for fitted, tried, means in parts),
+            group,
+            Groups.of(vectors, looks, group, len(names)),
+            GroupMeans.of(table.score, group, len(names)),
+            _worth(table, group, worth),
+            seed,
+        )
+
+
+def _worth(table: Lessons, group: Places, expected: Numbers) -> Numbers:
+    """[n, arms]: what an arm scored on a row, or what is `expected` of it there, so that means over a group's rows are
+    right for arms that were measured on some of them only (doubly robust: Dudík, Langford & Li 2011, arXiv 1103.4601).
+    """
+    measured = table.measured
+    share = np.zeros((int(group.max()) + 1, measured.shape[1]))
+    np.add.at(share, group, measured)
+    share /= np.bincount(group)[:, None]
+    away = np.where(measured, np.nan_to_num(table.score) - expected, 0.0)
+    worth: Numbers = expected + away / np.maximum(share, 1e-9)[group]
+    return worth
 
 
 def _folds(table: Lessons, seed: int) -> Places:

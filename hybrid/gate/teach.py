@@ -16,7 +16,7 @@ from hybrid.gate.learned import Learned
 from hybrid.gate.memory import Places
 from hybrid.gate.outcomes import Lessons, Table
 from hybrid.gate.published import GATE, learned_card, live_version, load_learned, promote, publish_learned
-from hybrid.gate.routed import chosen, paired
+from hybrid.gate.routed import ahead_by, chosen
 from hybrid.gate.vectors import embedded
 from hybrid.rooms import Home
 from hybrid.types import JSON
@@ -81,7 +81,7 @@ def worse(new: Learned, live: Learned, table: Table, vectors: np.ndarray) -> str
     rows = np.flatnonzero(theirs >= 0)
     if len(rows) < 2:
         return ""
-    gap, error = paired(table.rows(rows), mine[rows], theirs[rows])
+    gap, error = ahead_by(table.score[rows, mine[rows]], table.score[rows, theirs[rows]])
     if gap + _SURE * error >= 0:
         return ""
     return f"it scores {-gap:.3f} ± {_SURE * error:.3f} less than the live gate on {len(rows)} shared outcomes"

@@ -20,8 +20,8 @@ from typing import Any, ClassVar, get_args
 import numpy as np
 import numpy.typing as npt
 
+from hybrid.gate.columns import Columns
 from hybrid.gate.features import Numbers
-from hybrid.gate.linear import Columns
 from hybrid.gate.memory import AROUND, Memory, Places
 from hybrid.gate.study import Asked, Study, Tensors, fill
 from hybrid.types.arm import Arm, Strategy
@@ -67,7 +67,7 @@ class Towers:
         return next(_trained(study, np.arange(len(study.table)), (int(setting),)))
 
     def raw(self, asked: Asked) -> Numbers:
-        x = self.columns(asked)
+        x = self.columns(asked.vectors, asked.form)
         point = x @ self.straight + np.maximum(x @ self.inner + self.inner_bias, 0.0) @ self.outer + self.place
         return 1 / (1 + np.exp(-np.clip(point @ self.arms + self.bias, -30, 30)))
 
@@ -76,12 +76,11 @@ class Towers:
         return AROUND
 
     def tensors(self) -> Tensors:
-        columns = {"middle": self.columns.middle, "spread": self.columns.spread}
-        return {**columns, **{name: getattr(self, name) for name in _LAYERS}}
+        return {**self.columns.tensors(), **{name: getattr(self, name) for name in _LAYERS}}
 
     @classmethod
     def load(cls, tensors: Mapping[str, npt.NDArray[Any]], memory: Memory) -> Towers:
-        return cls(Columns(tensors["middle"], tensors["spread"]), *(tensors[name] for name in _LAYERS))
+        return cls(Columns.load(tensors), *(tensors[name] for name in _LAYERS))
 
 
 _LAYERS = ("straight", "inner", "inner_bias", "outer", "place", "arms", "bias")
@@ -142,7 +141,7 @@ def _trained(study: Study, rows: Places, settings: Sequence[int]) -> Iterator[To
     from torch.optim.swa_utils import get_ema_multi_avg_fn
 
     columns = Columns.of(study.asked.form[rows])
-    seen = columns(study.asked.part(rows))
+    seen = columns(study.asked.vectors[rows], study.asked.form[rows])
     scale = _Scale.of(seen)
     x = torch.tensor(scale(seen), dtype=torch.float32)
     score = torch.tensor(study.table.score[rows], dtype=torch.float32)
