@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -86,21 +87,23 @@ async def _ours(settings: Settings, folder: Path, engine: Side) -> AsyncIterator
     async with serving(settings, home, "--no-ui", "--engine", engine.url) as process:
         async with asyncio.timeout(settings.engine.start_timeout_s):
             server = await until_ok(process, home, "/readyz")
-        key = await asyncio.to_thread(_new_key, home.database)
+        key = await asyncio.to_thread(new_key, home.database, "bench")
         yield Side(OURS, server.url, "base", {"authorization": f"Bearer {key}"})
 
 
 @contextlib.asynccontextmanager
 async def _rival(settings: Settings, folder: Path, engine: Side, litellm: Path) -> AsyncIterator[Side]:
-    """LiteLLM's proxy with one model, everything else as it comes."""
+    """LiteLLM's proxy with one model, everything else as it comes; it does not start without a key of its own."""
+    key = f"sk-{secrets.token_hex(16)}"
     where, url = _free_port()
     known: JSON = {"model": f"hosted_vllm/{engine.model}", "api_base": f"{engine.url}/v1", "api_key": "none"}
     config = folder / "litellm.yaml"
     write_json(config, {"model_list": [{"model_name": "base", "litellm_params": known}]})  # JSON is YAML, too
     argv = [str(litellm / "litellm"), "--config", str(config), *where]
     # the list of prices that comes with it: it would fetch a newer one at its start
-    async with _process(argv, {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}, folder / "litellm.log") as process:
-        side = Side(RIVAL, url, "base", {"authorization": "Bearer none"})
+    env = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_MASTER_KEY": key}
+    async with _process(argv, env, folder / "litellm.log") as process:
+        side = Side(RIVAL, url, "base", {"authorization": f"Bearer {key}"})
         await _until_it_answers(side, process, folder / "litellm.log", settings.engine.start_timeout_s)
         yield side
 
@@ -163,10 +166,11 @@ async def _base(url: str, settings: EngineSettings) -> str:
     return client.model
 
 
-def _new_key(database: Path) -> str:
+def new_key(database: Path, name: str) -> str:
+    """A key of a home, as anyone could have one."""
     state = State(database)
     try:
-        return str(Keys(state).create("bench")["key"])
+        return str(Keys(state).create(name)["key"])
     finally:
         state.close()
 
