@@ -15,11 +15,11 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hybrid.errors import Refused
 
@@ -152,10 +152,27 @@ def sha256_file(path: Path) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON beside `path` and renames it into place: a reader sees the old file or the new one, whole."""
-    staging = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    with staging.open("w", encoding="utf-8") as file:
+    with _replacing(path, path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")) as file:
         json.dump(value, file, ensure_ascii=False, indent=1)
         file.write("\n")
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes JSON Lines in the same way, for one writer at a time: what a crash leaves the next one writes over."""
+    with _replacing(path, path.with_suffix(".part")) as file:
+        file.writelines(map(row_line, rows))
+
+
+def row_line(row: Mapping[str, Any]) -> str:
+    """A row of JSON Lines with its end, in as few characters as JSON takes."""
+    return json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+@contextmanager
+def _replacing(path: Path, staging: Path) -> Iterator[IO[str]]:
+    """A file that takes the place of `path` once it is on the disk."""
+    with staging.open("w", encoding="utf-8") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(staging, path)

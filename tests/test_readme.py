@@ -136,3 +136,4 @@ def test_the_committed_report_holds_no_text_of_a_data_set() -> None:
     rows = [json.loads(line) for line in (folder / "outcomes.jsonl").read_text().splitlines()]
     assert rows
     assert not any(row["answer"] for row in rows)
+    assert all(path.stat().st_size < 2_000_000 for path in folder.iterdir())

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from threading import Thread
@@ -35,6 +35,7 @@ from hybrid.evaluation.judge import Judge, cases_of, judged
 from hybrid.evaluation.measured import Measured
 from hybrid.evaluation.metrics import Example
 from hybrid.evaluation.retrieval import ndcg, retrieval
+from hybrid.evaluation.runner import Ledger
 from hybrid.evaluation.words import markdown, summary
 from hybrid.knowledge.support import support
 from hybrid.types import JSON
@@ -288,7 +289,7 @@ def test_the_page_stands_alone(out: Path) -> None:
 
 
 def test_a_report_without_texts_holds_none(out: Path) -> None:
-    before = folder.read(out)
+    before, told = folder.read(out), folder.outcomes(out)
     done = CliRunner().invoke(app, ["report", str(out), "--no-texts", "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == before
@@ -298,6 +299,8 @@ def test_a_report_without_texts_holds_none(out: Path) -> None:
     rows = [json.loads(line) for line in (out / "outcomes.jsonl").read_text().splitlines()]
     assert {row["error"] for row in rows} == {None, "engine_error"}
     assert sum(row["score"] for row in rows) == 6 + 6 + 6
+    bare = [replace(one, answer="", error=one.error and "engine_error") for one in told]
+    assert folder.outcomes(out) == bare
     page = Page((out / "report.html").read_text())
     assert (page.open, page.fetched) == ([], [])
     again = CliRunner().invoke(app, ["report", str(out), "--judge", "http://127.0.0.1:9/v1", "--judge-model", "m"])
@@ -321,6 +324,26 @@ def test_an_evaluation_without_texts_leaves_none(tmp_path: Path, monkeypatch: py
     assert {p.name for p in out.iterdir()} >= {"report.json", "report.md", "report.html", "outcomes.jsonl"}
     assert not [p.name for p in out.iterdir() if SECRET in p.read_text()]
     assert "without texts" in (out / "report.html").read_text()
+
+
+def test_what_is_written_short_is_read_back_whole(tmp_path: Path) -> None:
+    said = [
+        outcome("nq", "prompt", 0, 1 / 3),
+        outcome("nq", "rag:nq", 1, 0, passages=("p1",), grounded={"words": 0.0}, chosen="rag:nq"),
+        outcome("nq", "auto", 2, 1, confidence=0.0, chosen="prompt", adapter="x@1", error="engine_error: away"),
+    ]
+    ledger = Ledger(tmp_path)
+    for one in said:
+        ledger.add(one.id, one)
+    ledger.close()
+    file = tmp_path / "outcomes.jsonl"
+    assert folder.outcomes(tmp_path) == said
+    assert "grounded" not in file.read_text().splitlines()[0]
+    as_added = file.read_bytes()
+    ledger = Ledger(tmp_path)
+    assert [ledger.get(one.id) for one in said] == said
+    ledger.close([one.id for one in said])
+    assert file.read_bytes() == as_added
 
 
 def test_data_cannot_write_into_the_page(tmp_path: Path) -> None:

@@ -5,17 +5,16 @@ was asked. Without texts the folder holds ids, scores and pictures alone and may
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hybrid.errors import DataError
 from hybrid.evaluation.measured import Measured
 from hybrid.evaluation.page import html
-from hybrid.evaluation.runner import EARLIER, OUTCOMES, outcome_of
+from hybrid.evaluation.runner import EARLIER, OUTCOMES, outcome_of, write_outcomes
 from hybrid.evaluation.words import markdown
-from hybrid.rooms import write_json
+from hybrid.rooms import write_json, write_rows
 from hybrid.types import JSON
 from hybrid.types.outcome import Outcome
 
@@ -35,7 +34,7 @@ def write(out: Path, report: JSON, tasks: Sequence[Measured] = (), *, texts: boo
         for e in task.examples
     ]
     if texts and rows:
-        _write_rows(out / EXAMPLES, rows)
+        write_rows(out / EXAMPLES, rows)
     write_json(out / REPORT, report)
     render(out, texts=texts)
 
@@ -49,7 +48,7 @@ def render(out: Path, *, texts: bool = True) -> JSON:
     if not texts:
         for name in (OUTCOMES, EARLIER):
             if (out / name).is_file():
-                _write_rows(out / name, map(_bare, _rows(out / name)))
+                write_outcomes(out / name, [_bare(row) for row in _rows(out / name)])
         (out / EXAMPLES).unlink(missing_ok=True)
     questions = {(row["task"], row["id"]): row for row in _rows(out / EXAMPLES)}
     page = html(report, outcomes(out), questions or None)
@@ -87,10 +86,3 @@ def _bare(row: Mapping[str, Any]) -> JSON:
     """An outcome without the words of anybody; an error keeps its code."""
     error = row.get("error")
     return {**row, "answer": "", "error": error and str(error).partition(":")[0]}
-
-
-def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    staging = path.with_suffix(".part")
-    with staging.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(staging, path)

@@ -23,6 +23,7 @@ from hybrid.evaluation.measured import AUTO
 from hybrid.evaluation.metrics import METRICS, Example, Metric
 from hybrid.evaluation.tasks import Learnable, Task, learnable
 from hybrid.knowledge.support import support
+from hybrid.rooms import row_line, write_rows
 from hybrid.types.outcome import Outcome
 
 INFLIGHT = 32
@@ -33,6 +34,8 @@ _TRIES = 5
 _SHORTEST, _LONGEST, _COUNTED = 16, 512, 1000
 #: a final number comes after the working, which references leave out
 _WORKING = 256
+#: fields that a row leaves out where they hold nothing
+_SPARED = frozenset(["chosen", "confidence", "grounded"])
 
 Progress = Callable[[int, int], None]
 
@@ -119,7 +122,7 @@ class Ledger:
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a", encoding="utf-8")
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.write(row_line(_short(row)))
         if time.monotonic() - self._synced > _FSYNC_S:
             self.sync()
 
@@ -138,8 +141,8 @@ class Ledger:
             self._file = None
         if keys is not None:
             wanted = set(keys)
-            _write(self._earlier, [row for key, row in self._rows.items() if key not in wanted])
-            _write(self._path, [self._rows[key] for key in keys if key in self._rows])
+            write_outcomes(self._earlier, [row for key, row in self._rows.items() if key not in wanted])
+            write_outcomes(self._path, [self._rows[key] for key in keys if key in self._rows])
 
 
 def known_outcomes(folder: Path) -> dict[str, Outcome]:
@@ -170,15 +173,15 @@ def _rows_in(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    if not rows and not path.exists():
-        return
-    staging = path.with_suffix(".part")
-    with staging.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staging, path)
+def write_outcomes(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Puts these rows in the place of those that a file holds; none make no file."""
+    if rows or path.exists():
+        write_rows(path, map(_short, rows))
+
+
+def _short(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row without the fields of `_SPARED` that hold nothing: `outcome_of` reads the same."""
+    return {name: value for name, value in row.items() if name not in _SPARED or value not in (None, {})}
 
 
 _FIELDS = frozenset(f.name for f in fields(Outcome))
