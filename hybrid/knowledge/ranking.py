@@ -59,6 +59,11 @@ def fused(hits: Sequence[Hit], weights: Sequence[float], method: Fusion) -> list
     return sorted(scored, key=lambda hit: (-hit.scores.fused, -hit.scores.dense, hit.corpus, hit.row))
 
 
+def convex(hits: Sequence[Hit], weight: float) -> list[Hit]:
+    """The candidates of one corpus by both scores, best first: the cosine counts `weight` in 0..1 for each of them."""
+    return fused(hits, [weight] * len(hits), "convex")
+
+
 def reranked(hits: Sequence[Hit], scores: Floats) -> list[Hit]:
     """The list with its first ones in the order of their new scores [m], m <= n; the rest stay behind them."""
     first = [

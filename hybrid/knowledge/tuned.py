@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.knowledge.answerable import SIGNALS, Answerable, Found
-from hybrid.knowledge.ranking import WEIGHT, Hit, fused
+from hybrid.knowledge.ranking import WEIGHT, Hit, convex
 from hybrid.knowledge.rerank import COLUMNS, Reranker
 from hybrid.rooms import write_json
 from hybrid.types import JSON
@@ -38,7 +38,7 @@ class Tuned:
         """The passages that a search shows, and how likely its candidates hold an answer, where that was learned."""
         if self.answerable is None:
             return Found(passages)
-        together = fused(hits, [self.weight] * len(hits), "convex")
+        together = convex(hits, self.weight)
         return Found(passages, self.answerable.chance(question, rarity, together), self.answerable.least)
 
     def save(self, folder: Path) -> None:

@@ -14,7 +14,7 @@ from statistics import fmean
 from hybrid.errors import DataError, Refused
 from hybrid.evaluation.metrics import Example
 from hybrid.evaluation.tasks import Task, read_split, read_task
-from hybrid.knowledge.ranking import WEIGHT, fused, reranked
+from hybrid.knowledge.ranking import WEIGHT, convex, reranked
 from hybrid.knowledge.search import Library
 from hybrid.knowledge.tuned import Tuned
 from hybrid.lifecycle.lessons import Lesson, Look, closer, folds, gold, question
@@ -75,7 +75,7 @@ def learn(
 
 
 def _worth(lessons: Sequence[Lesson], weight: float) -> float:
-    return fmean(lesson.worth(fused(lesson.hits, [weight] * len(lesson.hits), "convex")) for lesson in lessons)
+    return fmean(lesson.worth(convex(lesson.hits, weight)) for lesson in lessons)
 
 
 def _unseen(looks: Sequence[Look]) -> float | None:
