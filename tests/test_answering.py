@@ -173,6 +173,10 @@ def test_tune_learns_when_the_documents_do_not_say(people: Path, embedder: Embed
         one_way = Library(Home(tmp_path), embedder, RetrievalSettings(**way))
         assert one_way.look_up("people", question(UNKNOWN[0]), 3).answerable is None
         one_way.close()
+    for fusion in ({"fusion": "rrf"}, {"weight": 0.1}, {"rerank": False}):
+        otherwise = Library(Home(tmp_path), embedder, RetrievalSettings(**fusion))
+        assert otherwise.look_up("people", question(UNKNOWN[0]), 3).answerable == found[0].answerable
+        otherwise.close()
     library.close()
     other.close()
 

@@ -8,14 +8,14 @@ Rajpurkar et al. 2018, arXiv 1806.03822).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from hybrid.knowledge.logistic import Logistic
-from hybrid.knowledge.ranking import CLOSER, Floats, Hit
-from hybrid.knowledge.rerank import COLUMNS, Reranker, features
+from hybrid.knowledge.ranking import Floats
+from hybrid.knowledge.rerank import COLUMNS, Reranker, Shortlist
 from hybrid.types import JSON
 from hybrid.types.passage import Passage
 
@@ -81,15 +81,14 @@ class Answerable:
     closer: Reranker | None
     least: float
 
-    def chance(self, question: str, rarity: Mapping[str, float], hits: Sequence[Hit]) -> float:
-        """The probability, 0 to 1, that these candidates, fused and best first, hold an answer; 0 where there are none.
+    def chance(self, found: Shortlist) -> float:
+        """The probability, 0 to 1, that these candidates hold an answer; 0 where there are none.
 
         Calibrated as if half of the questions had one.
         """
-        if not hits:
+        if not found.hits:
             return 0.0
-        rows = features(question, rarity, hits[:CLOSER])
-        return float(self.model.scores(signals(rows, rarity, self.closer)[None])[0])
+        return float(self.model.scores(signals(found.rows, found.rarity, self.closer)[None])[0])
 
     @classmethod
     def read(cls, value: JSON) -> Answerable:

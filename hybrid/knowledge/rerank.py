@@ -18,7 +18,7 @@ import numpy as np
 from hybrid.errors import SetupError
 from hybrid.knowledge.lexical import tokens
 from hybrid.knowledge.logistic import Logistic
-from hybrid.knowledge.ranking import Floats, Hit
+from hybrid.knowledge.ranking import CLOSER, Floats, Hit, convex
 
 #: the columns of `features`, in order; a model that was learned from others is not used
 COLUMNS = (
@@ -87,6 +87,29 @@ def _ranks(scores: Floats) -> Floats:
     ranks = np.empty(len(scores))
     ranks[np.argsort(-scores, kind="stable")] = np.arange(len(scores))
     return ranks
+
+
+@dataclass(frozen=True, eq=False)
+class Shortlist:
+    """The candidates for a question, fused, best first; `rarity` is that of the question's words. `weight` is what the
+    cosine counted in a convex fusion, one number for all of them; None where they were fused otherwise."""
+
+    question: str
+    rarity: Mapping[str, float]
+    hits: list[Hit]
+    weight: float | None = None
+
+    @cached_property
+    def rows(self) -> Floats:
+        """float64 [m, 12]: the `features` of the first `CLOSER`, worked out once however many ask."""
+        first = self.hits[:CLOSER]
+        return features(self.question, self.rarity, first) if first else np.empty((0, len(COLUMNS)))
+
+    def by(self, weight: float) -> Shortlist:
+        """The same candidates as a convex fusion with this weight has them; these themselves where it made them."""
+        if weight == self.weight:
+            return self
+        return Shortlist(self.question, self.rarity, convex(self.hits, weight), weight)
 
 
 class CrossEncoder:

@@ -118,10 +118,11 @@ class Library:
         words and its own questions taught to tell. Raises NotFound, Refused, BadRequest.
         """
         asked, corpora, found = self._found(corpus, query, k, rights, None)
-        passages = tuple(hit.named()[0] for hit in self._stages.ranked(asked, corpora, found, k))
+        first = self._stages.shortlist(asked, corpora, found)
+        passages = tuple(hit.named()[0] for hit in self._stages.ranked(asked, corpora, found, k, first))
         if len(corpora) > 1 or not (asked.text and asked.dense and found[0].ready) or self.trouble:
             return Found(passages)
-        return corpora[0].tuned().judged(passages, asked.text, found[0].rarity, found[0].hits)
+        return corpora[0].tuned().judged(passages, first)
 
     def around(self, passages: Sequence[Passage]) -> tuple[Passage, ...]:
         """The passages, then as many pieces before and after each in its document as the setting `neighbours` says.

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hybrid.knowledge.answerable import SIGNALS, Answerable, Found
-from hybrid.knowledge.ranking import WEIGHT, Hit, convex
-from hybrid.knowledge.rerank import COLUMNS, Reranker
+from hybrid.knowledge.ranking import WEIGHT
+from hybrid.knowledge.rerank import COLUMNS, Reranker, Shortlist
 from hybrid.rooms import write_json
 from hybrid.types import JSON
 from hybrid.types.passage import Passage
@@ -32,14 +31,11 @@ class Tuned:
     facts: JSON = field(default_factory=dict)
     answerable: Answerable | None = None
 
-    def judged(
-        self, passages: tuple[Passage, ...], question: str, rarity: Mapping[str, float], hits: Sequence[Hit]
-    ) -> Found:
+    def judged(self, passages: tuple[Passage, ...], found: Shortlist) -> Found:
         """The passages that a search shows, and how likely its candidates hold an answer, where that was learned."""
         if self.answerable is None:
             return Found(passages)
-        together = convex(hits, self.weight)
-        return Found(passages, self.answerable.chance(question, rarity, together), self.answerable.least)
+        return Found(passages, self.answerable.chance(found.by(self.weight)), self.answerable.least)
 
     def save(self, folder: Path) -> None:
         """Writes it beside the corpus, in one step."""

@@ -11,8 +11,8 @@ import numpy as np
 from hybrid.evaluation.metrics import Example
 from hybrid.evaluation.retrieval import ndcg
 from hybrid.evaluation.tasks import Task
-from hybrid.knowledge.ranking import CLOSER, Floats, Hit, convex
-from hybrid.knowledge.rerank import COLUMNS, Reranker, features
+from hybrid.knowledge.ranking import Floats, Hit, convex
+from hybrid.knowledge.rerank import Reranker, Shortlist
 from hybrid.strategies.followup import search_query
 from hybrid.types.request import Message
 
@@ -78,11 +78,8 @@ class Look:
     def at(cls, lesson: Lesson, weight: float, *, answerable: bool = True) -> Look:
         """With the passages that answer, or as a corpus that lacks them would have it."""
         hits = [hit for hit in lesson.hits if answerable or not (lesson.right(hit) or lesson.says(hit))]
-        together = convex(hits, weight)
-        first = together[:CLOSER]
-        return cls(
-            lesson, together, features(lesson.text, lesson.rarity, first) if first else np.empty((0, len(COLUMNS)))
-        )
+        found = Shortlist(lesson.text, lesson.rarity, convex(hits, weight), weight)
+        return cls(lesson, found.hits, found.rows)
 
 
 def closer(looks: Sequence[Look]) -> Reranker | None:
