@@ -143,7 +143,8 @@ class Keys:
             return Rights(caller=key_id, admin=False, arms=frozenset())
         found = known.rights.get(key_id)
         if found is None:
-            found = kept.rights if kept.rights.admin else self._with_corpora(kept.rights)
+            own = kept.rights
+            found = own if own.admin else self._with_corpora(own)
             known.rights[key_id] = found
         return found
 
