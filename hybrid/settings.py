@@ -54,6 +54,7 @@ class ServerSettings(_Section):
     max_logprobs: int = 20
     max_stop: int = 16
     max_inflight: int = Field(256, description="requests in the gateway at once; one more is 503")
+    max_inflight_per_key: int = Field(64, ge=1, description="requests of one API key at once; one more is 429")
     drain_s: float = Field(30.0, description="how long requests in flight may take after SIGTERM")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -26,12 +27,20 @@ class Traffic:
     def __init__(self) -> None:
         self.inflight = 0
         self.draining = False
+        self._by: Counter[str] = Counter()
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def count(self, change: int) -> None:
-        """One more, or one less."""
+    def of(self, caller: str) -> int:
+        """How many of them are this caller's."""
+        return self._by[caller]
+
+    def count(self, change: int, caller: str) -> None:
+        """One more of a caller's, or one less."""
         self.inflight += change
+        self._by[caller] += change
+        if not self._by[caller]:
+            del self._by[caller]
         if self.inflight:
             self._idle.clear()
         else:

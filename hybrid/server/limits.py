@@ -14,8 +14,18 @@ from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hybrid.errors import BadRequest, Draining, Forbidden, HeadersTooLarge, HybridError, Overloaded, TooLarge
+from hybrid.errors import (
+    BadRequest,
+    Draining,
+    Forbidden,
+    HeadersTooLarge,
+    HybridError,
+    Overloaded,
+    RateLimited,
+    TooLarge,
+)
 from hybrid.evaluation.asking import PURPOSE
+from hybrid.keys import ID
 from hybrid.server import errors
 from hybrid.server.access import OPEN, Access, challenge
 from hybrid.server.house import Traffic
@@ -138,8 +148,15 @@ class Door:
         limit, setting = self._room(path)
         if _length(visit.headers.get(b"content-length")) > limit:
             raise TooLarge(_too_large(limit, setting))
-        if self._traffic.inflight >= s.max_inflight:
-            raise Overloaded(f"All {s.max_inflight} places are taken; try again in a second.")
+        self._seat(scope["hybrid.caller"].id)
+
+    def _seat(self, caller: str) -> None:
+        """Raises RateLimited for a key that has all the places it may have, Overloaded when there is none at all."""
+        one, all_ = self._settings.max_inflight_per_key, self._settings.max_inflight
+        if caller.startswith(ID) and self._traffic.of(caller) >= one:
+            raise RateLimited(f"This key has {one} requests in flight, as many as it may; try again in a second.")
+        if self._traffic.inflight >= all_:
+            raise Overloaded(f"All {all_} places are taken; try again in a second.")
 
     async def _pass(self, scope: Scope, receive: Receive, visit: Visit) -> None:
         """Runs the app; on API routes the line is watched meanwhile."""
@@ -150,7 +167,8 @@ class Door:
         assert worker is not None  # noqa: S101 - a coroutine that runs has a task; for the type checker
         inbox = Inbox(receive, visit, *self._room(scope["path"]))
         watcher = asyncio.create_task(inbox.watch(worker))
-        self._count(+1)
+        caller: str = scope["hybrid.caller"].id
+        self._count(+1, caller)
         try:
             await self._app(scope, inbox.receive, visit.send)
         except asyncio.CancelledError:
@@ -159,7 +177,7 @@ class Door:
             worker.uncancel()
         finally:
             watcher.cancel()
-            self._count(-1)
+            self._count(-1, caller)
 
     def _room(self, path: str) -> tuple[int, str]:
         """How many bytes a body may have here, and the setting that says so."""
@@ -167,8 +185,8 @@ class Door:
             return self._settings.max_file_bytes + _ENVELOPE, "server.max_file_bytes"
         return self._settings.max_body_bytes, "server.max_body_bytes"
 
-    def _count(self, change: int) -> None:
-        self._traffic.count(change)
+    def _count(self, change: int, caller: str) -> None:
+        self._traffic.count(change, caller)
         self._metrics.inflight.set(self._traffic.inflight)
 
     async def _refuse(self, scope: Scope, receive: Receive, visit: Visit, error: HybridError) -> None:
