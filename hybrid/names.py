@@ -145,6 +145,8 @@ class Names:
 
     def _check_corpus(self, corpus: str | None) -> None:
         names = self._library.names()
+        if corpus and self._library.is_unreadable(corpus):
+            return  # it exists: its search tells what is wrong with it
         if (corpus and corpus not in names) or not names:
             known = ", ".join(names) or "none yet: `hybrid index DIR --name NAME` makes one"
             raise ModelNotFound(f"There is no such corpus as {str(corpus)[:80]!r}. Known: {known}.", param="model")

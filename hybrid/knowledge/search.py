@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrid.errors import BadRequest, Conflict, HybridError, NotFound, NotReady, Refused
+from hybrid.errors import BadRequest, Conflict, HybridError, NotFound, NotReady, Refused, SetupError, StorageError
 from hybrid.knowledge import backup
 from hybrid.knowledge.alike import groups
 from hybrid.knowledge.answerable import Found
@@ -69,6 +69,7 @@ class Library:
         self._stages = Stages(settings)
         self._open: dict[str, tuple[int, Corpus]] = {}
         self._opening = threading.Lock()
+        self._unreadable: set[str] = set()
 
     @property
     def engine(self) -> str:
@@ -77,7 +78,13 @@ class Library:
 
     @property
     def trouble(self) -> str:
-        """Why meaning is not searched for at this moment, in words for everybody; empty while it is."""
+        """What is not searched at this moment, in words for everybody; empty while everything is."""
+        missing = "A corpus cannot be read and is left out; the server's log says which." if self._unreadable else ""
+        return self._words_alone or missing
+
+    @property
+    def _words_alone(self) -> str:
+        """Why meaning is not searched for at this moment; empty while it is."""
         if self._engine is None or self._engine.trouble:
             return self._engine.trouble if self._engine else ""
         return next((corpus.trouble for _, corpus in [*self._open.values()] if corpus.trouble), "")
@@ -85,7 +92,25 @@ class Library:
     def names(self) -> list[str]:
         """The corpora that hold something, sorted."""
         found = sorted(path.parent.name for path in self._home.index.glob("*/store.db"))
-        return [name for name in found if _can_name(name) and self._corpus(name).info().passages]
+        self._unreadable.intersection_update(found)
+        return [name for name in found if _can_name(name) and self._held(name)]
+
+    def _held(self, name: str) -> int:
+        """The passages of a corpus. One that is damaged, or a newer version's, is told of and taken for empty: it must
+        not take the others with it."""
+        try:
+            passages = self._corpus(name).info().passages
+        except (StorageError, SetupError) as error:
+            if name not in self._unreadable:
+                log.error("%s is left out. %s", name, error.message)
+            self._unreadable.add(name)
+            return 0
+        self._unreadable.discard(name)
+        return passages
+
+    def is_unreadable(self, name: str) -> bool:
+        """Whether there is such a corpus, and it was left out of `names` because it cannot be read."""
+        return name in self._unreadable
 
     def corpus(self, name: str) -> CorpusInfo:
         """What is known of a corpus. Raises NotFound naming those that exist."""
@@ -120,7 +145,7 @@ class Library:
         asked, corpora, found = self._found(corpus, query, k, rights, None)
         first = self._stages.shortlist(asked, corpora, found)
         passages = tuple(hit.named()[0] for hit in self._stages.ranked(asked, corpora, found, k, first))
-        if len(corpora) > 1 or not (asked.text and asked.dense and found[0].ready) or self.trouble:
+        if len(corpora) > 1 or not (asked.text and asked.dense and found[0].ready) or self._words_alone:
             return Found(passages)
         return corpora[0].tuned().judged(passages, first)
 
@@ -149,8 +174,8 @@ class Library:
         """What is ranked in a search of one corpus, in no order. Raises NotFound, and NotReady where meaning is not
         searched for now: nothing is to be learned from that."""
         found = self._corpus(name).candidates(Asked(self._vector(query), query), POOL, OWNER)
-        if self.trouble:
-            raise NotReady(self.trouble)
+        if self._words_alone:
+            raise NotReady(self._words_alone)
         if not found.ready:
             raise NotReady(f"The vectors of {name} are still being made; repeat when `hybrid index` has ended.")
         return found
@@ -294,8 +319,9 @@ class Library:
             corpus.publish_when_due()
 
     def delete(self, name: str) -> None:
-        """Takes a corpus away. What made it (a recipe, documents) stays. Raises NotFound."""
-        self._corpus(name)
+        """Takes a corpus away, be it damaged. What made it (a recipe, documents) stays. Raises NotFound."""
+        with contextlib.suppress(StorageError):
+            self._corpus(name)
         folder = self._folder(name)
         with corpus_lock(folder):
             with self._opening:
