@@ -19,6 +19,7 @@ from hybrid.bench import (
     ingest,
     lora,
     memory,
+    overload,
     retrieval,
     routing,
     search,
@@ -55,6 +56,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "memory": Benchmark(
         "What gateway and engine hold with few and many adapters, and whether it grows.", memory.measure
     ),
+    "overload": Benchmark("What becomes of a flood from one key, and of another key beside it.", overload.measure),
     "startup": Benchmark("How long a start takes, from the command to the first token.", startup.measure),
     "retrieval": Benchmark("How well each stage of a search finds what answers, and how fast.", retrieval.measure),
     "search": Benchmark("How long each stage of a search takes in a large corpus, and a change.", search.measure),

@@ -6,7 +6,8 @@ It reads one order a line (JSON) and answers each with one line. `{"streams": [[
 one after another, all lists at once, and is answered with the tokens and seconds of it. `{"body": …, "rate": r,
 "seconds": s}` sends so many requests a second whatever becomes of them (an open loop), and is answered with
 latencies from the moment each request was due, not from when it was sent: one that had to wait for a busy machine has
-waited (coordinated omission, Tene 2013). `url` and `headers` say whom to ask.
+waited (coordinated omission, Tene 2013). `press` in place of `body` is for more than can be answered: those that were
+refused are told apart. `url` and `headers` say whom to ask.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import gc
 import json
 import sys
 import time
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import aiohttp
 import uvicorn
@@ -68,31 +71,54 @@ async def rate(session: aiohttp.ClientSession, body: JSON, each_s: float, second
     latencies, failures = list[float](), list[str]()
 
     async def one(due: float, counts: bool) -> None:
-        why = await _answered(session, body)
+        why, _ = await _answered(session, body)
         if why:
             failures.append(why)
         elif counts:
             latencies.append((time.perf_counter() - due) * 1000)
 
     warm = round(WARM_S / each_s)
-    start, tasks = time.perf_counter(), list[asyncio.Task[None]]()
-    for number in range(warm + round(seconds / each_s)):
-        due = start + number * each_s
-        await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        tasks.append(asyncio.create_task(one(due, number >= warm)))
-    await asyncio.gather(*tasks)
+    await _in_time(each_s, warm + round(seconds / each_s), lambda number, due: one(due, number >= warm))
     return {"latencies": latencies, **_told(failures)}
 
 
-async def _answered(session: aiohttp.ClientSession, body: JSON) -> str:
-    """Why a request failed; nothing where it did not."""
+async def press(session: aiohttp.ClientSession, body: JSON, each_s: float, seconds: float) -> JSON:
+    """`{"answered": [ms, …], "refused": [ms, …], "failed", "why"}`; what was refused may be asked again later."""
+    times: dict[str, list[float]] = {"answered": [], "refused": []}
+    failures = list[str]()
+
+    async def one(_: int, due: float) -> None:
+        why, for_now = await _answered(session, body)
+        if why and not for_now:
+            failures.append(why)
+        else:
+            times["refused" if why else "answered"].append((time.perf_counter() - due) * 1000)
+
+    await _in_time(each_s, round(seconds / each_s), one)
+    return {**times, **_told(failures)}
+
+
+async def _in_time(each_s: float, count: int, one: Callable[[int, float], Coroutine[Any, Any, None]]) -> None:
+    """Starts `one(number, due)` whenever one is due, whatever became of those before; ends when all have."""
+    start, tasks = time.perf_counter(), list[asyncio.Task[None]]()
+    for number in range(count):
+        due = start + number * each_s
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        tasks.append(asyncio.create_task(one(number, due)))
+    await asyncio.gather(*tasks)
+
+
+async def _answered(session: aiohttp.ClientSession, body: JSON) -> tuple[str, bool]:
+    """Why a request failed, nothing where it did not; and whether it was only refused for now, with Retry-After."""
     try:
         async with session.post(PATH, json=body) as response:
             raw = await response.read()
     except _FAILURES as error:
-        return f"{type(error).__name__}: {error}"[:300]
-    good = response.status == 200 and b'"choices"' in raw
-    return "" if good else f"status {response.status}: {raw[:200].decode(errors='replace')}"
+        return f"{type(error).__name__}: {error}"[:300], False
+    if response.status == 200 and b'"choices"' in raw:
+        return "", False
+    for_now = response.status in (429, 503) and "retry-after" in response.headers
+    return f"status {response.status}: {raw[:200].decode(errors='replace')}", for_now
 
 
 def _told(failures: list[str]) -> JSON:
@@ -107,6 +133,8 @@ async def obey(order: JSON) -> JSON:
     ) as session:
         if "streams" in order:
             return await streams(session, order["streams"])
+        if "press" in order:
+            return await press(session, order["press"], 1 / order["rate"], order["seconds"])
         return await rate(session, order["body"], 1 / order["rate"], order["seconds"])
 
 

@@ -226,6 +226,16 @@ def memory(
         _show(BENCHMARKS["memory"].measure(Settings.load(), requests=requests, out=out, progress=progress), json_)
 
 
+@app.command("overload", help=BENCHMARKS["overload"].description)
+def overload(
+    seconds: Annotated[float, typer.Option(min=1, help="how long the flood lasts, and the quiet before it")] = 60,
+    json_: Json = False,
+) -> None:
+    """Needs no running server: it starts its own with the scripted engine, in a temporary home."""
+    with bar() as progress:
+        _show(BENCHMARKS["overload"].measure(Settings.load(), seconds=seconds, progress=progress), json_)
+
+
 @app.command("search", help=BENCHMARKS["search"].description)
 def search(
     scale: Annotated[int, typer.Option(min=100, help="passages of the synthetic corpus")] = 100_000,
