@@ -72,6 +72,7 @@ async def open_gateway(
         on_change=reenrol,
         in_use=lambda name: gateway.in_use(name),
         max_loaded=settings.engine.max_cpu_loras,
+        patience_s=settings.engine.first_byte_timeout_s,
     )
     gateway = Gateway(
         settings,

@@ -394,7 +394,7 @@ def test_adopt_publishes_nothing_that_preflight_refuses(store, base, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt", "state.pkl"])
-def test_adopt_refuses_pickles(store, base, tmp_path, name):
+def test_S11_adopt_refuses_pickles(store, base, tmp_path, name):
     folder = make_adapter(tmp_path / "foreign", base)
     (folder / name).write_bytes(b"\x80\x04N.")
     with pytest.raises(Refused, match="is a pickle"):

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft_kit import write_adapter
 
-from hybrid.engine import Engine
+from hybrid.engine import AdapterRef, Engine
 from hybrid.engine.transport import Transport
 from hybrid.engine.vllm import VllmEngine
 from hybrid.engine.wire import read_events
@@ -38,6 +38,7 @@ from hybrid.errors import (
     Refused,
 )
 from hybrid.models import materialise
+from hybrid.rooms import sha256_file
 from hybrid.settings import EngineSettings, Settings
 from hybrid.types.event import Token
 from hybrid.types.request import Message
@@ -277,6 +278,58 @@ async def test_an_adapter_is_loaded_once_used_and_unloaded(engine: VllmEngine, p
     assert ref.engine_name not in await engine.loaded()
 
 
+@pytest.mark.vllm
+async def test_A5_a_new_version_answers_with_its_own_weights_from_the_first_request(
+    real_engine_server: Place, tmp_path: Path
+) -> None:
+    """Whatever the engine remembers of the beginning of a prompt that an earlier version was asked."""
+    engine = VllmEngine(real_engine_server.address, EngineSettings(), real_engine_server.model)
+    prompt = " ".join(["The harbour of the town was deep, and its bell rang at noon."] * 30)
+    sampling = {"temperature": 0, "max_tokens": 1, "logprobs": 5}
+
+    async def likely(ref: AdapterRef) -> dict[str, float]:
+        asked = engine.generate(prompt=prompt, adapter=ref.engine_name, sampling=sampling, stream=False)
+        [answer] = await collect(asked)
+        return json.loads(answer.raw)["choices"][0]["logprobs"]["top_logprobs"][0]
+
+    def apart(one: dict[str, float], other: dict[str, float]) -> float:
+        return max(abs(value - other.get(token, min(other.values()) - 1)) for token, value in one.items())
+
+    base = real_engine_server.base
+    first = write_adapter(tmp_path / "1" / "harbour", base, rank=8, scale=0.1)
+    second = write_adapter(tmp_path / "2" / "harbour", base, rank=16, scale=0.1, version=2)
+    elsewhere = write_adapter(tmp_path / "elsewhere", base, rank=16, scale=0.1)  # with the weights of the second
+    for ref in (first, elsewhere, second):
+        await engine.load(ref)
+    alone = await likely(elsewhere)
+    before = [await likely(first) for _ in range(2)]
+    now = await likely(second)
+    assert apart(*before) < 0.25 * apart(before[0], alone)
+    assert apart(now, alone) < 0.25 * apart(before[0], alone)
+    for ref in (first, elsewhere, second):
+        await engine.unload(ref.engine_name)
+    await engine.close()
+
+
+async def test_A7_more_adapters_than_memory_holds_answer_in_turn(
+    engine: VllmEngine, place: Place, tmp_path: Path
+) -> None:
+    """One more than the engine keeps, each asked when it was pushed out; the files of one that is retired stay."""
+    refs = [write_adapter(tmp_path / f"n{i}", place.base, rank=1, scale=0.1 + i) for i in range(33)]
+    for ref in refs:
+        await engine.load(ref)
+    short = {"temperature": 0, "max_tokens": 1}
+    for asked in (refs, refs[1:]):
+        for ref in asked:
+            tokens = engine.generate(user("Hello"), adapter=ref.engine_name, sampling=short, stream=False)
+            [answer] = await collect(tokens)
+            assert json.loads(answer.raw)["model"] == ref.engine_name
+        await engine.unload(refs[0].engine_name)
+    for ref in refs:
+        await engine.unload(ref.engine_name)
+    await engine.probe(30)
+
+
 async def test_prompt_logprobs_show_what_an_adapter_changes(engine: VllmEngine, place: Place, tmp_path: Path) -> None:
     strong = write_adapter(tmp_path / "strong", place.base, scale=0.05)
     silent = write_adapter(tmp_path / "silent", place.base, scale=0.0)
@@ -308,6 +361,7 @@ async def test_the_engines_refusal_of_an_adapter_has_its_reason(
     cut = write_adapter(tmp_path / "cut", place.base)
     weights = cut.path / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
+    cut = replace(cut, sha256=sha256_file(weights))
     with pytest.raises(Refused, match="cut@1"):
         await engine.load(cut)
     assert await engine.loaded() & {wide.engine_name, cut.engine_name} == set()

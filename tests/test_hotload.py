@@ -17,12 +17,12 @@ from hybrid.adapters.canary import PROMPTS
 from hybrid.adapters.hotload import HotLoader
 from hybrid.adapters.preflight import BaseFacts
 from hybrid.adapters.store import AdapterStore
-from hybrid.engine import AdapterRef, Engine
+from hybrid.engine import WEIGHTS, AdapterRef, Engine
 from hybrid.engine.open import open_engine
 from hybrid.engine.vllm import VllmEngine
 from hybrid.errors import HybridError, ModelNotFound, NotReady, Refused
 from hybrid.models import ModelFiles
-from hybrid.rooms import Home
+from hybrid.rooms import Home, sha256_file
 from hybrid.settings import EngineSettings, Settings
 from hybrid.state import State
 from hybrid.types.request import Message
@@ -280,7 +280,8 @@ async def test_A4_an_adapter_without_effect_is_rejected_and_the_name_stays(store
 async def test_the_engine_must_agree_with_the_trainer(store, engine, base, tmp_path):
     """The card records what PEFT computed; here, what the engine itself says of the same weights."""
     text = PROMPTS[0]
-    ref = AdapterRef("probe", 1, "0" * 64, make_adapter(tmp_path / "probe", base, seed=7))
+    folder = make_adapter(tmp_path / "probe", base, seed=7)
+    ref = AdapterRef("probe", 1, sha256_file(folder / WEIGHTS), folder)
     await engine.load(ref)
     truth = await engine.prompt_logprobs(text, adapter=ref.engine_name)
     loader = loader_for(store, engine, base)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import numpy as np
 import pytest
 from adapters_kit import filling, make_base
@@ -22,15 +21,11 @@ from server_kit import TOKEN, chat, make_home, running, until
 from sqlalchemy import select
 
 from hybrid.adapters.heads import Head
-from hybrid.adapters.hotload import HotLoader
 from hybrid.adapters.preflight import BaseFacts
 from hybrid.adapters.store import AdapterStore
-from hybrid.engine.vllm import VllmEngine
 from hybrid.errors import Conflict, ModelNotFound, Refused
 from hybrid.rooms import Home
-from hybrid.settings import EngineSettings
 from hybrid.state import State, audit
-from hybrid.types.request import Message
 
 
 @pytest.fixture
@@ -252,37 +247,27 @@ async def _unloaded(server: Any, name: str) -> bool:
     return name not in await server.gateway.engine.loaded()
 
 
-async def test_A13_a_slow_load_is_one_load_and_holds_nobody_up(tmp_path, store, base):
-    socket = tmp_path / "e.sock"
-    server = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "hybrid.engine.scripted", "--uds", str(socket), "--load-delay", "3"
-    )
-    engine = VllmEngine(f"unix:{socket}", EngineSettings(), "scripted")
-    try:
-        await until(socket.exists)
-        await engine.probe(30.0)
-        loader = HotLoader(store, engine, base, 32, _nobody)
-        store.publish("bank", filling(base))
-        loads = [asyncio.create_task(loader.load_now("bank@1")) for _ in range(2)]
-        answers = 0
-        while not loads[0].done():
-            assert [token async for token in engine.generate([Message("user", "hello")], stream=False)]
-            answers += 1
-        assert answers > 3
-        assert {(await load).state for load in loads} == {"live"}
-        async with (
-            aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(socket))) as session,
-            session.get("http://engine/scripted/log") as answer,
-        ):
-            assert (await answer.json())["loads"] == 1
-    finally:
-        await engine.close()
-        server.kill()
-        await server.wait()
+async def test_A13_a_slow_load_is_one_load_holds_nobody_up_and_is_not_waited_for_without_end(tmp_path):
+    slow = {"args": ("--load-delay", "4"), "first_byte_timeout_s": 2}
+    async with running(make_home(tmp_path, engine=slow)) as server:
+        server.gateway.store.publish("bank", filling(server.gateway.loader._base))
 
+        async def ask(model: str) -> tuple[int, Any, str]:
+            status, body, headers = await server.post("/v1/chat/completions", chat("hello", model=model))
+            return status, body.get("error", {}).get("message", ""), headers.get("retry-after", "")
 
-async def _nobody() -> None:
-    """No gate is told."""
+        waiting = [asyncio.create_task(ask("bank@1")) for _ in range(3)]
+        while not waiting[0].done():
+            assert (await ask("base"))[0] == 200
+        for status, message, retry_after in await asyncio.gather(*waiting):
+            assert (status, "still being loaded" in message) == (503, True)
+            assert int(retry_after) >= 1
+
+        async def is_served() -> bool:
+            return (await ask("bank@1"))[0] == 200
+
+        await until(is_served)
+        assert (await server.engine_log())["loads"] == 1
 
 
 KILLED = """

@@ -279,7 +279,7 @@ def test_A2_card_names_another_base(tmp_path, base, key):
     assert "trained on another base model" in refusal(folder, base)
 
 
-def test_weights_changed_after_publication(tmp_path, base):
+def test_S11_weights_changed_after_publication(tmp_path, base):
     folder = make_adapter(tmp_path / "a", base)
     (folder / "card.json").write_text(json.dumps({"base_sha256": BASE_SHA, "sha256": "0" * 64}))
     assert "not the file its card was written for" in refusal(folder, base)

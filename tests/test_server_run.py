@@ -133,6 +133,8 @@ async def test_R12_told_to_stop_it_finishes_what_it_began(start) -> None:
             assert text.count('"content": " t') == 39
         assert await ended(process) == 0
     assert gone(pids)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(pids[0], 0)
     assert not (process.home / ".hybrid" / "server.json").exists()
 
 
@@ -164,7 +166,7 @@ async def test_a_drain_has_an_end(start) -> None:
         await asyncio.gather(stream, return_exceptions=True)
 
 
-async def test_a_second_server_of_a_home_is_refused(start) -> None:
+async def test_D4_a_second_server_of_a_home_is_refused_naming_the_first_and_the_lock(start) -> None:
     first = start()
     async with aiohttp.ClientSession() as session:
         url = await ready(first, session)

@@ -129,12 +129,17 @@ def test_one_table_of_strategies() -> None:
     assert tables == [PACKAGE / "strategies" / "__init__.py"]
 
 
-def test_no_pickle_at_run_time() -> None:
-    for path in modules():
-        names = {
-            alias.name
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.Import)
-            for alias in node.names
-        }
-        assert not names & {"pickle", "joblib", "dill", "shelve"}, path.name
+#: what runs code when it reads
+PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+#: readers that unpickle unless they are told not to
+GUARDED = {"np.load": ("allow_pickle", "False"), "torch.load": ("weights_only", "True")}
+
+
+@pytest.mark.parametrize("path", [*modules(), ROOT / "app.py"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_S11_nothing_is_unpickled_at_run_time(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not {name.partition(".")[0] for name in imported} & PICKLES
+        if isinstance(node, ast.Call) and (told := GUARDED.get(ast.unparse(node.func))):
+            assert told in {(keyword.arg, ast.unparse(keyword.value)) for keyword in node.keywords}, node.lineno

@@ -37,7 +37,8 @@ LOSS_NOISE = 0.02
 
 
 class HotLoader:
-    """Keeps one engine in step with one store. `in_use` tells how many answers an adapter is making now."""
+    """Keeps one engine in step with one store. `in_use` tells how many answers an adapter is making now; nobody waits
+    for a load longer than `patience_s`."""
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class HotLoader:
         *,
         in_use: Callable[[str], int] = lambda _: 0,
         max_loaded: int | None = None,
+        patience_s: float | None = None,
     ) -> None:
         self._store = store
         self._engine = engine
@@ -57,6 +59,7 @@ class HotLoader:
         self._on_change = on_change
         self._in_use = in_use
         self._max_loaded = max_loaded
+        self._patience_s = patience_s
         self._flights: dict[str, asyncio.Task[AdapterVersion]] = {}
         self._failures: dict[str, int] = {}
         self._not_before: dict[str, float] = {}
@@ -103,7 +106,7 @@ class HotLoader:
         What the engine does not load is checked only.
 
         Raises ModelNotFound for an unknown or retired one, Refused with the reason for one that failed its checks,
-        NotReady while the engine starts, and the engine's errors.
+        NotReady while the engine starts or when the load takes too long (it goes on), and the engine's errors.
         """
         version = self._store.resolve(spec)
         if version.state == "retired":
@@ -119,8 +122,15 @@ class HotLoader:
         if not pending and version.ref.engine_name in await self._engine.loaded():
             return version
         self._start(version.id, self._admit(version) if pending else self._reload(version))
-        # the flight goes on for the others when this caller is cancelled
-        return await asyncio.shield(self._flights[version.id])
+        flight = self._flights[version.id]
+        done, _ = await asyncio.wait({flight}, timeout=self._patience_s)  # it goes on when this caller is cancelled
+        if not done:
+            raise NotReady(f"{version.id} is still being loaded; repeat in a moment.")
+        return flight.result()
+
+    def is_loading(self, id: str) -> bool:
+        """Whether a version is being checked or loaded now."""
+        return id in self._flights
 
     def inspect(self, folder: Path) -> None:
         """Preflight of a folder that is no version yet. Raises Refused."""

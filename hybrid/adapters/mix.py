@@ -64,8 +64,10 @@ def quantised(weights: Mapping[str, float]) -> dict[str, float]:
     method), of equal ones to the first name. What gets nothing is left out. Equal shares in any order become equal
     weights: this is the key under which a mix is found again.
     """
-    total = math.fsum(weights.values())
-    exact = {name: weights[name] / total * STEPS for name in sorted(weights)}
+    largest = max(weights.values())
+    parts = {name: weights[name] / largest for name in sorted(weights)}  # a sum of them is always a number
+    total = math.fsum(parts.values())
+    exact = {name: part / total * STEPS for name, part in parts.items()}
     steps = {name: math.floor(share + 1e-9) for name, share in exact.items()}
     by_remainder = sorted(exact, key=lambda name: (round(steps[name] - exact[name], 9), name))
     for name in by_remainder[: STEPS - sum(steps.values())]:

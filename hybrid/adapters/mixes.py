@@ -114,13 +114,25 @@ class Mixes:
     async def _make_room(self) -> None:
         """Takes the least recently used mixes away until one more may be made. Raises Overloaded."""
         kept = sorted(self._kept(), key=lambda version: (self._used.get(version.id, 0), version.version))
-        idle = [v for v in kept if not self._in_use(v.ref.engine_name) and not self._awaited[v.id]]
+        idle = [v for v in kept if not self._busy(v)]
         surplus = len(kept) - self._limit + 1
         if surplus > len(idle):
             raise Overloaded(f"All {len(kept)} mixes are answering; repeat in a moment, or raise engine.max_mixes.")
         for version in idle[: max(surplus, 0)]:
-            await self._engine.unload(version.ref.engine_name)
-            await asyncio.to_thread(self._store.discard_mix, version.version)
+            await asyncio.to_thread(self._store.retire, MIX, version.version)
+        await self._clear_away()
+
+    def _busy(self, version: AdapterVersion) -> bool:
+        """Whether an answer needs the mix, or it is being loaded."""
+        waits = self._loader.is_loading(version.id) or self._awaited[version.id]
+        return bool(waits or self._in_use(version.ref.engine_name))
+
+    async def _clear_away(self) -> None:
+        """Removes what was retired, but for a mix that an answer got hold of just before: its files may be read yet."""
+        for version in self._store.versions(MIX):
+            if version.state == "retired" and not self._busy(version):
+                await self._engine.unload(version.ref.engine_name)
+                await asyncio.to_thread(self._store.remove_mix, version.version)
 
 
 def fill_mix(folder: Path, weights: Mapping[str, float], members: Members) -> dict[str, Any]:

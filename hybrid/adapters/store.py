@@ -116,9 +116,8 @@ class AdapterStore:
         """The same for a mix, under the name that nothing else can have."""
         return self._publish(MIX, fill)
 
-    def discard_mix(self, version: int) -> None:
-        """Retires a mix and removes its files: its members are there, and it can be made again."""
-        self.retire(MIX, version)
+    def remove_mix(self, version: int) -> None:
+        """Removes the files of a retired mix: its members are there, and it can be made again."""
         shutil.rmtree(self._room / MIX / str(version), ignore_errors=True)
         self.refresh()
 

@@ -13,6 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 from hybrid.types.event import Token
 from hybrid.types.request import Message
 
+#: the file of weights in the folder of an adapter
+WEIGHTS = "adapter_model.safetensors"
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:

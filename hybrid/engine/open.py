@@ -69,7 +69,7 @@ def vllm_command(settings: Settings, model: ModelFiles, desired: Desired) -> tup
         "max-model-len": _context(settings, model),
         "max-num-seqs": engine.max_num_seqs,
         "max-loras": engine.max_loras,
-        "max-cpu-loras": max(engine.max_loras, engine.max_cpu_loras),
+        "max-cpu-loras": in_memory(engine),
         "max-lora-rank": lora_rank(engine.max_lora_rank, desired()),
         # a backstop behind the gateway's own limit, with room for answers that make several calls
         "max-num-queued-reqs": 4 * settings.server.max_inflight,
@@ -101,6 +101,7 @@ def scripted_command(settings: Settings, model: ModelFiles, desired: Desired) ->
         "model": model.name,
         "max-model-len": _context(settings, model),
         "max-lora-rank": lora_rank(settings.engine.max_lora_rank, desired()),
+        "max-cpu-loras": in_memory(settings.engine),
     }
     argv = ["hybrid.engine.scripted", *(text for k, v in flags.items() for text in (f"--{k}", str(v)))]
     return [*argv, *settings.engine.args], dict(OFFLINE)
@@ -108,6 +109,11 @@ def scripted_command(settings: Settings, model: ModelFiles, desired: Desired) ->
 
 #: engine kind → what starts it
 _COMMANDS = {"vllm": vllm_command, "scripted": scripted_command}
+
+
+def in_memory(engine: EngineSettings) -> int:
+    """How many adapters the engine keeps in memory: those of one batch, at least."""
+    return max(engine.max_loras, engine.max_cpu_loras)
 
 
 def lora_rank(least: int, adapters: Sequence[AdapterRef]) -> int:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hybrid.engine import WEIGHTS
+
 _DIRECTIVE = re.compile(
     r"(?<!\S)@(tokens|delay|stall|reset|status|hang|wake)\b[ ]?(?:(\d+(?:\.\d+)?)(ms|s)?)?([^\n@]*)"
 )
@@ -141,7 +143,7 @@ def read_adapter(name: str, folder: Path, max_rank: int) -> Adapter:
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     if config["r"] > max_rank:
         raise ValueError(f"LoRA rank {config['r']} is greater than max_lora_rank {max_rank}.")
-    salt, nan = _effect(folder / "adapter_model.safetensors")
+    salt, nan = _effect(folder / WEIGHTS)
     examples: dict[str, str] = {}
     recorded = folder / "examples.jsonl"
     if recorded.is_file():

@@ -1,7 +1,7 @@
 """The scripted engine: a server that speaks vLLM's HTTP dialect and needs no model.
 
     python -m hybrid.engine.scripted --uds PATH|--port N [--model NAME] [--max-model-len N] [--max-lora-rank R]
-                                     [--start-delay S] [--load-delay S] [--crash-if FILE]
+                                     [--max-cpu-loras N] [--start-delay S] [--load-delay S] [--crash-if FILE]
 
 Fast tests and fault injection run on it; `hybrid serve --engine scripted` shows the whole product without a model.
 Answers are deterministic: a sentence made of the question, or, with an adapter whose folder holds `examples.jsonl`,
@@ -12,6 +12,8 @@ the recorded answer to exactly that message. Token = word. The last user message
     @status 400 why  answer with that error                 @hang, @wake     every answer stalls; until woken
 
 An adapter whose lora_B is all zeros changes no log-probability, and NaN weights make them NaN, as in a real engine.
+The N adapters that were asked last are in memory. Another is read again when its turn comes, and where its files are
+gone by then the server dies of it, as vLLM does.
 `GET /scripted/log` tells what reached the server and how it ended. `--crash-if FILE` exits at the start, with FILE's
 text on stderr, while FILE exists.
 """
@@ -21,9 +23,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,6 +39,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from hybrid.engine import WEIGHTS
 from hybrid.engine.script import Adapter, Answer, BadScript, answers, logprob, prompts_of, read_adapter, words
 
 
@@ -47,6 +51,7 @@ class Log:
     finished: int = 0
     aborted: int = 0
     loads: int = 0
+    reads: int = 0
     seen: int = 0
     requests: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=50))
 
@@ -61,12 +66,16 @@ class Log:
 class Server:
     """The state of one scripted engine, and its routes."""
 
-    def __init__(self, model: str, max_model_len: int, max_lora_rank: int, load_delay: float = 0.0) -> None:
+    def __init__(
+        self, model: str, max_model_len: int, max_lora_rank: int, load_delay: float = 0.0, max_cpu_loras: int = 32
+    ) -> None:
         self.model = model
         self.max_model_len = max_model_len
         self.max_lora_rank = max_lora_rank
         self.load_delay = load_delay
+        self.max_cpu_loras = max_cpu_loras
         self.adapters: dict[str, Adapter] = {}
+        self.memory: OrderedDict[str, None] = OrderedDict()
         self.log = Log()
         self.awake = asyncio.Event()
         self.awake.set()
@@ -128,7 +137,21 @@ class Server:
             return _error(404, f"Loading lora {name} failed: No adapter found for {path}", "NotFoundError")
         except (OSError, ValueError, KeyError) as error:
             return _error(500, str(error), "InternalServerError")
+        self.bring(self.adapters[name])
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+    def bring(self, adapter: Adapter) -> None:
+        """Has an adapter in memory, in place of the one that was not asked for longest."""
+        if adapter.name not in self.memory:
+            self.log.reads += 1
+            if not Path(adapter.path, WEIGHTS).is_file():
+                sys.stderr.write(f"No adapter found for {adapter.path}\n")
+                sys.stderr.flush()
+                os._exit(1)
+        self.memory[adapter.name] = None
+        self.memory.move_to_end(adapter.name)
+        while len(self.memory) > self.max_cpu_loras:
+            self.memory.popitem(last=False)
 
     async def unload(self, request: Request) -> Response:
         name = (await request.json()).get("lora_name")
@@ -219,6 +242,8 @@ class Reply(Response):
         for step in range(max(len(a.tokens) for a in self.spoken)):
             await self.server.awake.wait()
             await asyncio.sleep(script.delay)
+            if self.adapter:
+                self.server.bring(self.adapter)
             if step == script.reset:
                 raise ConnectionAbortedError("@reset")
             if step == script.stall:
@@ -313,6 +338,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default="scripted")
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--max-lora-rank", type=int, default=32)
+    parser.add_argument("--max-cpu-loras", type=int, default=32)
     parser.add_argument("--start-delay", type=float, default=0.0)
     parser.add_argument("--load-delay", type=float, default=0.0)
     parser.add_argument("--crash-if", type=Path)
@@ -320,7 +346,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.crash_if and args.crash_if.exists():
         sys.exit(args.crash_if.read_text(encoding="utf-8").strip() or "told to crash")
     time.sleep(args.start_delay)
-    server = Server(args.model, args.max_model_len, args.max_lora_rank, args.load_delay)
+    server = Server(args.model, args.max_model_len, args.max_lora_rank, args.load_delay, args.max_cpu_loras)
     where_to = {"uds": args.uds} if args.uds else {"host": args.host, "port": args.port}
     uvicorn.run(server.app(), **where_to, log_level="warning", access_log=False, timeout_keep_alive=5)
 

@@ -18,11 +18,12 @@ from typing import Any
 
 from aiohttp import ClientResponse
 
-from hybrid.engine import AdapterRef, EngineStatus
+from hybrid.engine import WEIGHTS, AdapterRef, EngineStatus
 from hybrid.engine.breaker import Breaker
 from hybrid.engine.transport import Transport, within
 from hybrid.engine.wire import COMPLETIONS, read_body, read_cards, read_chunk, read_events, read_logprobs, request_body
 from hybrid.errors import EngineError, EngineRejected, EngineTimeout, NotReady, Refused
+from hybrid.rooms import sha256_file
 from hybrid.settings import EngineSettings
 from hybrid.types import JSON
 from hybrid.types.event import Token
@@ -104,11 +105,12 @@ class VllmEngine:
                             yield token
 
     async def load(self, adapter: AdapterRef) -> None:
-        """See `Engine.load`. One load a name at a time; never in place."""
+        """See `Engine.load`. One load a name at a time; never in place, and only the weights that were published."""
         name = adapter.engine_name
         async with self._loading[name]:
             if name in await self.loaded():
                 return
+            await asyncio.to_thread(_check_weights, adapter)
             body = {"lora_name": name, "lora_path": str(adapter.path.resolve())}
             refusal = await self._http.attempt("/v1/load_lora_adapter", body, timeout_s=CONTROL_TIMEOUT_S)
             if isinstance(refusal, NotReady):
@@ -199,6 +201,21 @@ class VllmEngine:
         ask = partial(request_body, self.model, messages, prompt, {"max_tokens": 1}, False, "")
         async for _ in self._whole(ask, {}, nullcontext()):
             pass
+
+
+def _check_weights(adapter: AdapterRef) -> None:
+    """Raises Refused unless the weights are those that were published: vLLM would serve whatever lies there."""
+    try:
+        found = sha256_file(adapter.path / WEIGHTS)
+    except OSError as error:
+        raise Refused(
+            f"The engine will not load {adapter.id}: its weights cannot be read ({error.strerror}); check its files."
+        ) from error
+    if found != adapter.sha256:
+        raise Refused(
+            f"The engine will not load {adapter.id}: its weights are not those that were published. Bring the file "
+            "back, or publish another version."
+        )
 
 
 async def _drain(response: ClientResponse) -> None:

@@ -84,7 +84,8 @@ class Bandit:
         except (KeyError, ValueError, TypeError) as error:
             raise Refused(f"What feedback taught cannot be read ({error}); run `hybrid loop`.", param="gate") from error
         size = len(found.basis) + 1
-        if found.mean.shape != (len(found.arms), size) or found.spread.shape != (len(found.arms), size, size):
+        whole = (len(found.arms), size), (len(found.arms), size, size), found.centre.shape
+        if (found.mean.shape, found.spread.shape, found.basis.shape[1:]) != whole:
             raise Refused("What feedback taught is not whole; run `hybrid loop`.", param="gate")
         return found
 

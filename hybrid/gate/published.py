@@ -111,6 +111,7 @@ def load_learned(
 
 def _read(home: Home, name: str, number: int, embedder: str) -> tuple[dict[str, npt.NDArray[Any]], JSON]:
     """The tensors of a version and its card. Raises what `load_learned` raises."""
+    from safetensors import SafetensorError
     from safetensors.numpy import load
 
     card = learned_card(home, name, number)
@@ -121,7 +122,7 @@ def _read(home: Home, name: str, number: int, embedder: str) -> tuple[dict[str, 
         if card.get("sha256") != hashlib.sha256(content).hexdigest():
             raise Refused(f"{name}@{number} is not the file that was published. Teach a new gate.", param="gate")
         return load(content), card
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise Refused(f"{name}@{number} cannot be read ({error}). Teach a new gate.", param="gate") from error
 
 

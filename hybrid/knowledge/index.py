@@ -202,7 +202,7 @@ def manifest(folder: Path, meta: Meta) -> JSON:
 def _opened(where: Path, told: JSON, meta: Meta, engine: PgEngine | None) -> Near | PgIndex:
     if (told["index"]["kind"] == ENGINE) is (engine is None):
         raise Refused(f"{where} belongs to another vector engine than the one that is set.")
-    rows: Rows = np.load(where / ROWS)
+    rows: Rows = np.load(where / ROWS, allow_pickle=False)
     return _read(where, told, meta, rows) if engine is None else engine.open(Place.read(told["index"]), rows)
 
 

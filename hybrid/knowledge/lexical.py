@@ -72,7 +72,7 @@ class Words:
         """What `save` wrote. Raises OSError, ValueError or KeyError for what it did not."""
         import bm25s
 
-        return cls(np.load(folder / ROWS), bm25s.BM25.load(folder, show_progress=False))
+        return cls(np.load(folder / ROWS, allow_pickle=False), bm25s.BM25.load(folder, show_progress=False))
 
     def save(self, folder: Path) -> None:
         """Writes the index as files of a new folder: arrays without pickles, and JSON."""
