@@ -571,31 +571,3 @@ def test_two_ingests_at_once_take_turns(open_library: Open, tmp_path: Path, home
     ends = [process.communicate(timeout=120)[0].split()[-1] for process in processes]
     assert sorted(ends) == ["0", "16"]  # the second waited, and found the work done
     assert open_library().corpus("town").documents == 16
-
-
-def test_searches_during_publications_see_one_whole_state(open_library: Open, folder: Path) -> None:
-    import threading
-
-    writer, reader = open_library(), open_library()
-    writer.ingest("town", folder)
-    stop = threading.Event()
-    failures: list[BaseException] = []
-
-    def read() -> None:
-        try:
-            while not stop.is_set():
-                assert len(reader.search("town", FACTS["museum"], 5)) == 5
-                assert reader.search("town", FACTS["museum"], 1)[0].id == "museum.txt"
-        except BaseException as error:  # shown by the assertion below
-            failures.append(error)
-
-    threads = [threading.Thread(target=read) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for i in range(15):
-        (folder / "diary.txt").write_text(f"Day {i}: nothing happened.")
-        writer.ingest("town", folder)
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert not failures

@@ -36,6 +36,8 @@ log = logging.getLogger("hybrid.knowledge")
 FRESH = 1024
 #: after a publication that failed the next one is tried so many seconds later
 AGAIN_S = 5.0
+#: so often is a search done at most that commits overtake while it looks
+LOOKS = 4
 #: of a sample for a question, so many are those nearest to it
 NEAREST = 20
 
@@ -165,7 +167,16 @@ class Corpus:
             return self._candidates(by_words, k, rights, matches) if by_words.text else Candidates((), {})
 
     def _candidates(self, asked: Asked, k: int, rights: Rights, matches: Matches | None) -> Candidates:
-        snapshot, visible = self.snapshot(), self.visible(rights, matches)
+        """What one state of the corpus has: where a commit changed it while it was looked at, it is looked at again."""
+        for _ in range(LOOKS):
+            snapshot, visible = self.snapshot(), self.visible(rights, matches)
+            found, whole = self._look(snapshot, visible, asked, k)
+            if (whole and visible is None) or self.meta().revision == snapshot.revision:
+                break
+        return found
+
+    def _look(self, snapshot: Snapshot, visible: Visible | None, asked: Asked, k: int) -> tuple[Candidates, bool]:
+        """What a snapshot has, and whether the store still holds all that was ranked."""
         if not snapshot.ready:
             asked = replace(asked, text=asked.text or asked.said, dense=False)
         only = visible.rows if visible else None
@@ -175,13 +186,15 @@ class Corpus:
             near, more = self._near(snapshot, asked.vector, wanted, only) if asked.dense else ({}, False)
             worded = words.best(wanted, only) if words else np.empty(0, np.int64)
             rows = list(dict.fromkeys([*near, *worded.tolist()]))
-            named = self._named(rows, visible)
+            held = self.store.passages(rows)
+            named = _named(held, visible)
             if len(named) >= k or not (more or len(worded) == wanted):
                 break
             wanted *= 2  # some hits were deleted since the snapshot
         scores = self._scores([row for row in rows if row in named], asked.vector, near, words, snapshot.ready)
         hits = [Hit(self.name, row, named[row], score) for row, score in scores.items()]
-        return Candidates(hits, words.rarity if words else {}, snapshot.ready)
+        whole = len(held) == len(rows) and len(scores) == len(named)
+        return Candidates(hits, words.rarity if words else {}, snapshot.ready), whole
 
     def _scores(
         self, rows: Sequence[int], vector: Vectors, near: Mapping[int, float], words: Scored | None, ready: bool
@@ -218,7 +231,7 @@ class Corpus:
             others = np.setdiff1d(rows, close)
             drawn = np.random.default_rng(seed).choice(others, limit - len(close), replace=False)
             rows = np.union1d(close, drawn)
-        named = self._named(rows.tolist(), visible)
+        named = _named(self.store.passages(rows.tolist()), visible)
         kept, vectors = self.store.vectors(meta.dim, only=sorted(named))
         return tuple(replace(named[int(row)][0], corpus=self.name) for row in kept), vectors
 
@@ -260,14 +273,6 @@ class Corpus:
         except Refused as error:
             self.trouble = f"{error.message} It is published again; until then words alone are searched."
             raise NotReady(self.trouble) from error
-
-    def _named(self, rows: Sequence[int], visible: Visible | None) -> dict[int, list[Passage]]:
-        """By row, the passage under each id that the caller may see; rows that are gone or hidden are left out."""
-        named = self.store.passages(rows)
-        if visible is None:
-            return named
-        seen = {row: [p for p in group if p.document in visible] for row, group in named.items()}
-        return {row: group for row, group in seen.items() if group}
 
     def _cosines(self, vector: Vectors, rows: Sequence[int]) -> dict[int, float]:
         if not rows:
@@ -362,6 +367,14 @@ class Corpus:
             if self._engine is not None:
                 self.trouble = "The vector engine does not hold the corpus yet; it is searched from the store."
             return from_store, meta
+
+
+def _named(held: Mapping[int, list[Passage]], visible: Visible | None) -> Mapping[int, list[Passage]]:
+    """By row, the passage under each id that the caller may see; rows that are hidden are left out."""
+    if visible is None:
+        return held
+    seen = {row: [p for p in group if p.document in visible] for row, group in held.items()}
+    return {row: group for row, group in seen.items() if group}
 
 
 def corpus_lock(folder: Path, timeout: float = -1) -> FileLock:

@@ -146,7 +146,8 @@ async def search(request: Request, store_id: str) -> Response:
         row = here.corpora.get(store_id, rights)
         here.corpora.touch(row)
         best = _best(here, row["name"], asked, limit, rights, matches)
-        return [read.result_object(hit, _attributes(here, hit)) for hit in best if hit.score >= least]
+        known = [(hit, _attributes(here, hit)) for hit in best if hit.score >= least]
+        return [read.result_object(hit, told) for hit, told in known if told is not None]
 
     data = await asyncio.to_thread(found)
     told = {"object": "vector_store.search_results.page", "search_query": asked, "data": data}
@@ -170,5 +171,9 @@ def _best(
     return [hit for _, hit in ranked[:limit]]
 
 
-def _attributes(here: House, hit: Passage) -> JSON:
-    return dict(here.gateway.library.document(hit.corpus, hit.document).about.attributes)
+def _attributes(here: House, hit: Passage) -> JSON | None:
+    """Those of the document that the passage stands in; None where it was deleted since the passage was found."""
+    try:
+        return dict(here.gateway.library.document(hit.corpus, hit.document).about.attributes)
+    except NotFound:
+        return None
