@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from server_kit import chat, make_home, running, until
 from typer.testing import CliRunner
 
 from hybrid.cli import app
-from hybrid.errors import Refused, SetupError
+from hybrid.errors import NotReady, Refused, SetupError
 from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.pg import PgEngine
 from hybrid.knowledge.search import Library
@@ -32,6 +33,8 @@ FACTS = {
     "cat": "Felines doze for most of the day and hunt at dusk.",
     "tower": "The clock on the town hall runs slow because a stork nests on its hand.",
 }
+#: what comes later
+PIER = "Fishing boats set out from the pier at sunrise."
 #: asked in words that no fact has
 PARAPHRASE = "when does the boat leave in the morning?"
 QUESTIONS = (PARAPHRASE, "kittens sleeping", "what does ZX-4117Q cost?", "bread", "a slow clock")
@@ -151,7 +154,7 @@ def test_what_changed_and_went_is_as_in_a_corpus_made_at_once(
     for one in (library, reader, open_library()):
         same(one, once, (*QUESTIONS, "sand in the harbour"))
     library.delete_document("town", "new")  # and what is not published yet
-    library.add_document("town", "pier", text="Fishing boats set out from the pier at sunrise.")
+    library.add_document("town", "pier", text=PIER)
     for one in (library, reader):
         assert "new" not in ids(one, PARAPHRASE, 40)
         assert "pier" in ids(one, PARAPHRASE, 2)
@@ -177,7 +180,7 @@ def test_two_corpora_and_two_homes_are_apart(open_library: Open, tmp_path: Path,
     library, other = open_library(), open_library(tmp_path / "other")
     library.ingest("town", write(tmp_path / "a", FACTS))
     library.ingest("parts", write(tmp_path / "b", PARTS))
-    other.ingest("town", write(tmp_path / "c", {"pier": "Fishing boats set out from the pier at sunrise."}))
+    other.ingest("town", write(tmp_path / "c", {"pier": PIER}))
     assert set(ids(library, PARAPHRASE, 50)) == set(FACTS)
     assert set(ids(library, PARAPHRASE, 50, "parts")) == set(PARTS)
     assert ids(other, PARAPHRASE, 50) == ["pier"]
@@ -271,6 +274,47 @@ def test_a_publication_that_never_became_current_is_taken_back(postgres: Postgre
 # --- when it fails ---------------------------------------------------------------------------------------------------
 
 
+def test_a_crash_costs_the_meaning_alone_and_all_of_it_comes_back(
+    open_library: Open, folder: Path, postgres: Postgres, caplog: pytest.LogCaptureFixture
+) -> None:
+    library, problems, ended = open_library(), [], threading.Event()
+    library.ingest("town", folder)
+
+    def ask() -> None:
+        while not ended.wait(0.02):
+            try:
+                assert ids(library, "what does ZX-4117Q cost?", 1) == ["ZX-4117Q"]
+            except Exception as error:  # shown by the assertion below
+                problems.append(error)
+
+    askers = [threading.Thread(target=ask) for _ in range(2)]
+    for asker in askers:
+        asker.start()
+    try:
+        postgres.crash()
+        try:
+            assert ids(library, "what does ZX-4117Q cost?", 1) == ["ZX-4117Q"]
+            assert ids(open_library(), "what does ZX-4117Q cost?", 1) == ["ZX-4117Q"]  # a process that starts meanwhile
+            assert "by their words" in library.trouble
+            assert ids(library, library.embedder.embed_query(PARAPHRASE)) == []
+            with pytest.raises(NotReady):
+                library.candidates("town", PARAPHRASE)
+            library.ingest("town", write(folder, {**PARTS, **FACTS, "pier": PIER}))  # committed, and found by its words
+            assert ids(library, "which fishing boats set out from the pier?", 1) == ["pier"]
+        finally:
+            postgres.start()
+        settled(library)
+    finally:
+        ended.set()
+        for asker in askers:
+            asker.join()
+    assert problems == []
+    for one in (library, open_library()):
+        assert set(ids(one, library.embedder.embed_query(PARAPHRASE), 2)) == {"ferry", "pier"}
+    assert "answers again" in caplog.text
+    assert not any(part in caplog.text for part in (PASSWORD, "not%2Ffor"))
+
+
 def test_a_server_that_hangs_is_not_waited_for(
     open_library: Open, folder: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +330,24 @@ def test_a_server_that_hangs_is_not_waited_for(
     monkeypatch.undo()
     settled(library)
     assert ids(library, library.embedder.embed_query(PARAPHRASE), 1) == ["ferry"]
+
+
+@pytest.mark.parametrize("register", [True, False])
+def test_what_the_engine_lost_is_published_again_from_the_store(
+    open_library: Open, folder: Path, postgres: Postgres, register: bool
+) -> None:
+    before, library = postgres.tables(), open_library()
+    library.ingest("town", folder)
+    vector = library.embedder.embed_query(PARAPHRASE)
+    for table in ["hybrid_generations"] if register else postgres.tables() - before:
+        postgres.run(f"DROP TABLE {table}")
+    assert ids(library, "what does ZX-4117Q cost?", 1) == ["ZX-4117Q"]
+    assert ids(library, vector) == []
+    assert library.trouble
+    settled(library)
+    for one in (library, open_library()):
+        assert ids(one, vector, 1) == ["ferry"]
+    assert len(postgres.tables() - before) == 1
 
 
 async def test_readiness_and_the_decision_say_that_the_engine_is_away(tmp_path: Path, postgres: Postgres) -> None:

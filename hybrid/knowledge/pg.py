@@ -115,7 +115,11 @@ class PgIndex:
 
     def check(self) -> None:
         """Raises Refused when the engine lost the generation, NotReady while it does not answer."""
-        self.link.ask(lambda cursor: _stands(cursor, self.place))
+        self.link.ask(self._there)
+
+    def _there(self, cursor: Cursor[Any]) -> None:
+        _stands(cursor, self.place)
+        cursor.execute(_sql("SELECT 1 FROM {table} LIMIT 1", self.place.table))
 
     def _asked(
         self, cursor: Cursor[Any], vector: Vectors, k: int, only: Rows | None, exact: bool
