@@ -121,7 +121,7 @@ def test_the_answers_are_those_of_faiss(open_library: Open, folder: Path, tmp_pa
     for way in ("hybrid", "dense", "lexical"):
         same(open_library(search=way), open_library(tmp_path / "other", "", search=way))
     same(library, faiss, [library.embedder.embed_query(PARAPHRASE)], 40)
-    assert not list((library._home.index / "town").rglob("*.faiss"))
+    assert not list((tmp_path / "home/index/town").rglob("*.faiss"))
     rows = [postgres.run(f"SELECT count(*) FROM {name}")[0][0] for name in postgres.tables() - before]
     assert rows == [library.corpus("town").passages]
 

@@ -29,7 +29,8 @@ from hybrid.knowledge.kinds import Near
 from hybrid.knowledge.lexical import scored
 from hybrid.knowledge.ranking import WEIGHT
 from hybrid.knowledge.rerank import COLUMNS, Reranker
-from hybrid.knowledge.search import OWNER, POOL, Library
+from hybrid.knowledge.room import OWNER
+from hybrid.knowledge.search import POOL, Library
 from hybrid.knowledge.stages import Stages
 from hybrid.knowledge.store import About
 from hybrid.knowledge.tuned import Tuned

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrid.errors import BadRequest, Conflict, HybridError, NotFound, NotReady, Refused, SetupError, StorageError
+from hybrid.errors import BadRequest, HybridError, NotFound, NotReady, Refused
 from hybrid.knowledge import backup
 from hybrid.knowledge.alike import groups
 from hybrid.knowledge.answerable import Found
@@ -28,19 +26,17 @@ from hybrid.knowledge.filters import Matches
 from hybrid.knowledge.ingest import Ingest, IngestReport, Progress, parse_limits
 from hybrid.knowledge.pg import PgEngine
 from hybrid.knowledge.read import one_document
+from hybrid.knowledge.room import OWNER, Room
 from hybrid.knowledge.stages import Stages
 from hybrid.knowledge.store import About, DocumentInfo
-from hybrid.knowledge.tuned import FILE, Tuned
-from hybrid.rooms import Home, check_name
+from hybrid.knowledge.tuned import Tuned
+from hybrid.rooms import Home
 from hybrid.settings import RetrievalSettings
 from hybrid.types import JSON
 from hybrid.types.passage import Passage
 from hybrid.types.rights import Rights
 
 log = logging.getLogger("hybrid.knowledge")
-
-#: who runs commands here, and trains
-OWNER = Rights()
 
 #: candidates of each way of searching, at least
 POOL = 50
@@ -62,14 +58,11 @@ class Library:
 
     def __init__(self, home: Home, embedder: Embedder, settings: RetrievalSettings) -> None:
         self.embedder = embedder
-        self._home = home
         self._settings = settings
         url = settings.vector_engine.get_secret_value()
         self._engine = PgEngine(url, settings.exact_up_to) if url else None
+        self._room = Room(home, embedder, settings, self._engine)
         self._stages = Stages(settings)
-        self._open: dict[str, tuple[int, Corpus]] = {}
-        self._opening = threading.Lock()
-        self._unreadable: set[str] = set()
 
     @property
     def engine(self) -> str:
@@ -79,38 +72,23 @@ class Library:
     @property
     def trouble(self) -> str:
         """What is not searched at this moment, in words for everybody; empty while everything is."""
-        missing = "A corpus cannot be read and is left out; the server's log says which." if self._unreadable else ""
-        return self._words_alone or missing
+        missing = "A corpus cannot be read and is left out; the server's log says which."
+        return self._words_alone or (missing if self._room.unreadable else "")
 
     @property
     def _words_alone(self) -> str:
         """Why meaning is not searched for at this moment; empty while it is."""
         if self._engine is None or self._engine.trouble:
             return self._engine.trouble if self._engine else ""
-        return next((corpus.trouble for _, corpus in [*self._open.values()] if corpus.trouble), "")
+        return self._room.trouble
 
     def names(self) -> list[str]:
         """The corpora that hold something, sorted."""
-        found = sorted(path.parent.name for path in self._home.index.glob("*/store.db"))
-        self._unreadable.intersection_update(found)
-        return [name for name in found if _can_name(name) and self._held(name)]
-
-    def _held(self, name: str) -> int:
-        """The passages of a corpus. One that is damaged, or a newer version's, is told of and taken for empty: it must
-        not take the others with it."""
-        try:
-            passages = self._corpus(name).info().passages
-        except (StorageError, SetupError) as error:
-            if name not in self._unreadable:
-                log.error("%s is left out. %s", name, error.message)
-            self._unreadable.add(name)
-            return 0
-        self._unreadable.discard(name)
-        return passages
+        return self._room.names()
 
     def is_unreadable(self, name: str) -> bool:
         """Whether there is such a corpus, and it was left out of `names` because it cannot be read."""
-        return name in self._unreadable
+        return name in self._room.unreadable
 
     def corpus(self, name: str) -> CorpusInfo:
         """What is known of a corpus. Raises NotFound naming those that exist."""
@@ -320,41 +298,18 @@ class Library:
 
     def delete(self, name: str) -> None:
         """Takes a corpus away, be it damaged. What made it (a recipe, documents) stays. Raises NotFound."""
-        with contextlib.suppress(StorageError):
-            self._corpus(name)
-        folder = self._folder(name)
-        with corpus_lock(folder):
-            with self._opening:
-                opened = self._open.pop(name, None)
-                if opened:
-                    opened[1].store.close()
-                # the database first: SQLite throws the log of a database away that is not there
-                for file in [folder / "store.db", *folder.glob("store*.db*"), folder / FILE]:
-                    file.unlink(missing_ok=True)
-                shutil.rmtree(folder / "generations", ignore_errors=True)
-            if self._engine is not None:
-                self._engine.tidy(folder)
+        self._room.remove(name)
 
     def rename(self, name: str, new: str) -> None:
         """Gives a corpus another name; one that holds nothing yet has none. Raises Conflict, Refused."""
-        folder, target = self._folder(name), self._folder(new)
-        if not (folder / "store.db").is_file():
-            return
-        with corpus_lock(folder), self._opening:
-            if (target / "store.db").exists():
-                raise Conflict(f"There is a corpus {new!r} already.", param="name")
-            opened = self._open.pop(name, None)
-            if opened:
-                opened[1].store.close()
-            shutil.rmtree(target, ignore_errors=True)
-            folder.rename(target)
+        self._room.rename(name, new)
 
     def backup(self, name: str, file: Path) -> JSON:
         """Writes all that a corpus has committed to one file, while others may write to it; returns what the file
         says of itself. Raises NotFound, Conflict when the file exists, StorageError.
         """
         self._corpus(name)
-        return backup.write(self._folder(name) / backup.STORE, name, file)
+        return backup.write(self._room.folder(name) / backup.STORE, name, file)
 
     def restore(self, file: Path, name: str | None = None) -> CorpusInfo:
         """Makes a corpus of a backup, under its own name or another, once every byte of it is checked.
@@ -362,20 +317,17 @@ class Library:
         Raises Refused for a file that is none or is damaged, Conflict when the corpus exists, StorageError.
         """
         name = name or backup.named(file)
-        folder = self._folder(name)
+        folder = self._room.folder(name)
         with corpus_lock(folder):
             backup.read(file, folder)
-            corpus = self._reopen(name)
+            corpus = self._room.made(name)
             with contextlib.suppress(Refused):  # another embedder's: whoever searches it is told the command
                 corpus.publish()
         return corpus.info()
 
     def close(self) -> None:
         """Releases every connection."""
-        with self._opening:
-            for _, corpus in self._open.values():
-                corpus.store.close()
-            self._open.clear()
+        self._room.close()
         if self._engine is not None:
             self._engine.close()
 
@@ -384,11 +336,11 @@ class Library:
         self, name: str, progress: Progress | None = None, cut: tuple[int, int] | None = None
     ) -> Iterator[tuple[Corpus, Ingest]]:
         """A corpus, made if need be, under its lock, with what writes to it."""
-        folder = self._folder(name)
+        folder = self._room.folder(name)
         size, overlap = cut or (self._settings.chunk_tokens, self._settings.overlap_tokens)
         settings = self._settings.model_copy(update={"chunk_tokens": size, "overlap_tokens": overlap})
         with spoken(folder), corpus_lock(folder):
-            corpus = self._reopen(name)
+            corpus = self._room.made(name)
             yield corpus, Ingest(name, corpus.store, self.embedder, settings, progress, corpus.publish)
 
     def _vector(self, query: Query) -> Vectors:
@@ -400,37 +352,5 @@ class Library:
             raise BadRequest(f"a query vector has the shape ({self.embedder.dim},), not {query.shape}.", param="query")
         return np.ascontiguousarray(query, dtype=np.float32)
 
-    def _folder(self, name: str) -> Path:
-        return self._home.index / check_name(name, "corpus")
-
     def _corpus(self, name: str, rights: Rights = OWNER) -> Corpus:
-        """An open corpus. One that is not there and one that is not theirs are unknown alike. Raises NotFound."""
-        if _can_name(name) and rights.sees(name) and (self._folder(name) / "store.db").is_file():
-            return self._reopen(name)
-        known = _known([known for known in self.names() if rights.sees(known)])
-        raise NotFound(f"There is no corpus {name[:80]!r}. {known}", param="corpus")
-
-    def _reopen(self, name: str) -> Corpus:
-        """The open corpus, made if need be; opened anew when its file is another one than it was."""
-        folder = self._folder(name)
-        database = folder / "store.db"
-        with self._opening:
-            opened = self._open.get(name)
-            inode = database.stat().st_ino if database.exists() else 0
-            if opened and opened[0] == inode:
-                return opened[1]
-            corpus = Corpus(name, folder, self.embedder, self._settings, self._engine)
-            self._open[name] = (database.stat().st_ino, corpus)
-            return corpus
-
-
-def _can_name(name: str) -> bool:
-    try:
-        check_name(name, "corpus")
-    except Refused:
-        return False
-    return True
-
-
-def _known(names: Sequence[str]) -> str:
-    return f"Known: {', '.join(names)}." if names else "There is none yet; `hybrid index DIR --name NAME` makes one."
+        return self._room.corpus(name, rights)
