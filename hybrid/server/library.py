@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import numpy as np
 from fastapi import APIRouter, Request
@@ -12,6 +13,7 @@ from hybrid.errors import NotFound
 from hybrid.knowledge.embed import Vectors
 from hybrid.knowledge.plane import Plane
 from hybrid.knowledge.search import Library
+from hybrid.lifecycle.rebuilds import Rebuilder
 from hybrid.server import vector_body as read
 from hybrid.server.body import read_json
 from hybrid.server.chat import body_schema
@@ -48,27 +50,25 @@ async def draw(request: Request, store_id: str) -> Response:
 @router.post(STORE + "/rebuild")
 async def rebuild(request: Request, store_id: str) -> Response:
     """Puts a corpus in line to have its vectors made again by the embedder of now, in the background."""
-    here, rights = house(request), rights_of(request)
-
-    def ordered() -> JSON:
-        row = here.corpora.writable(store_id, rights)
-        here.rebuilds.order(row)
-        return store_told(here, row)
-
-    return JSONResponse(await asyncio.to_thread(ordered))
+    return await _changed(request, store_id, Rebuilder.order)
 
 
 @router.post(STORE + "/rebuild/cancel")
 async def cancel(request: Request, store_id: str) -> Response:
     """Calls that off; the corpus is as it was."""
+    return await _changed(request, store_id, Rebuilder.cancel)
+
+
+async def _changed(request: Request, store_id: str, change: Callable[[Rebuilder, JSON], None]) -> Response:
+    """Changes what is to be rebuilt, of a corpus that the caller may write to, and tells of that corpus."""
     here, rights = house(request), rights_of(request)
 
-    def cancelled() -> JSON:
+    def changed() -> JSON:
         row = here.corpora.writable(store_id, rights)
-        here.rebuilds.cancel(row)
+        change(here.rebuilds, row)
         return store_told(here, row)
 
-    return JSONResponse(await asyncio.to_thread(cancelled))
+    return JSONResponse(await asyncio.to_thread(changed))
 
 
 def _picture(passages: tuple[Passage, ...], vectors: Vectors, asked: Vectors | None) -> JSON:
