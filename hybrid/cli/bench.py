@@ -17,12 +17,12 @@ from hybrid.bench.result import Result
 from hybrid.bench.routing import Owned
 from hybrid.bench.train import RIVALS
 from hybrid.bench.vectors import DIM, KINDS, POINTS
+from hybrid.cli.ready import ready
 from hybrid.cli.say import bar, data, text
 from hybrid.errors import BadRequest, NotReady
 from hybrid.knowledge.embed import Embedder
-from hybrid.models import materialise
 from hybrid.rooms import Home
-from hybrid.settings import Settings, offline_environment, share_cores
+from hybrid.settings import Settings, share_cores
 from hybrid.state import State
 from hybrid.training.recipes import load_recipe, parse_sets
 
@@ -76,9 +76,7 @@ def gate(
 ) -> None:
     """Needs no server and no engine: every arm was measured before, in this home."""
     settings = Settings.load()
-    offline_environment()
-    with bar() as progress:
-        embedding = materialise(settings.embedder, settings.cache, progress)
+    with ready(settings, settings.embedder) as (embedding, progress):
         run = BENCHMARKS["gate"].measure(settings, on, embedding=embedding, gate=gate_, out=out, progress=progress)
         _show(run, json_)
 
@@ -93,9 +91,7 @@ def embed(
 ) -> None:
     """Needs no server. SentenceTransformer.encode, as it comes, reads the same beside ours."""
     settings = Settings.load()
-    offline_environment()
-    with bar() as progress:
-        model = materialise(settings.embedder, settings.cache, progress)
+    with ready(settings, settings.embedder) as (model, progress):
         run = BENCHMARKS["embed"].measure(
             source, embedding=model, passages=passages, questions=questions, rounds=rounds, progress=progress
         )
@@ -112,9 +108,7 @@ def retrieval(
 ) -> None:
     """Needs no server. The weight and the closer look are learned from dev questions, never from those measured."""
     settings = Settings.load()
-    offline_environment()
-    with bar() as progress:
-        model = materialise(settings.embedder, settings.cache, progress)
+    with ready(settings, settings.embedder) as (model, progress):
         run = BENCHMARKS["retrieval"].measure(
             settings, task, embedding=model, split=split, limit=limit, corpus=corpus, progress=progress
         )
@@ -129,9 +123,7 @@ def answerable(
 ) -> None:
     """Needs no server. What tells is learned from dev questions, never from those measured."""
     settings = Settings.load()
-    offline_environment()
-    with bar() as progress:
-        model = materialise(settings.embedder, settings.cache, progress)
+    with ready(settings, settings.embedder) as (model, progress):
         run = BENCHMARKS["answerable"].measure(settings, task, embedding=model, limit=limit, progress=progress)
         _show(run, json_)
 
@@ -246,9 +238,7 @@ def search(
 ) -> None:
     """Needs no server: it makes a corpus of words and vectors that nobody wrote, in a temporary home."""
     settings = Settings.load()
-    offline_environment()
-    with bar() as progress:
-        model = materialise(settings.embedder, settings.cache, progress)
+    with ready(settings, settings.embedder) as (model, progress):
         run = BENCHMARKS["search"].measure(
             settings,
             embedding=model,
@@ -307,12 +297,10 @@ def train(
 ) -> None:
     """Needs no server. All learn the same rows from the same first weights, taking turns."""
     settings = Settings.load()
-    offline_environment()
     share_cores()
     recipe = load_recipe(None, parse_sets(set_ or []))
     against = [name.strip() for name in rivals.split(",") if name.strip()]
-    with bar() as progress:
-        model = materialise(settings.model, settings.cache, progress)
+    with ready(settings, settings.model) as (model, progress):
         run = BENCHMARKS["train"].measure(
             source, model=model, recipe=recipe, tokens=tokens, rounds=rounds, rivals=against, out=out, progress=progress
         )
@@ -346,9 +334,7 @@ def ingest(
 ) -> None:
     """Needs no server: it writes to a corpus of its own."""
     settings = Settings.load()
-    offline_environment()
-    with bar() as progress:
-        model = materialise(settings.embedder, settings.cache, progress)
+    with ready(settings, settings.embedder) as (model, progress):
         embedder = Embedder(model.path, model.name)
         _show(BENCHMARKS["ingest"].measure(embedder, kills=kills, seed=seed, progress=progress), json_)
 

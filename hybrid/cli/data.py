@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from hybrid.cli.ready import made_ready, open_embedder
 from hybrid.cli.say import bar, data, say, text
 from hybrid.errors import BadRequest
 from hybrid.knowledge.embed import Embedder
-from hybrid.models import materialise
-from hybrid.settings import Settings, offline_environment
+from hybrid.settings import Settings
 from hybrid.training.check import Checked
 from hybrid.training.check import check as check_source
 from hybrid.training.choose import choose, simulate
@@ -54,7 +54,7 @@ def check(
     hybrid data check ./tickets --out ./report
     """
     settings = Settings.load()
-    tokenizer = _tokenizer(settings) if tokens else None
+    tokenizer = open_tokenizer(made_ready(settings, settings.model)) if tokens else None
     recipe = load_recipe(settings.rooms.adapters / source.stem / RECIPE_FILE, {})
     found = check_source(source, tokenizer=tokenizer, limit=recipe.max_length, seed=recipe.seed, group=group)
     pictures = [str(path) for path in found.draw(out)] if out else []
@@ -107,13 +107,13 @@ def next_(
     answers = given if is_closed(splits.train, splits.labels) else None
     if simulated:
         dev_texts, dev_answers = answered(splits.dev)
-        vectors, dev = _vectors(_embedder(), texts, dev_texts)
+        vectors, dev = _vectors(open_embedder(Settings.load()), texts, dev_texts)
         _show_simulation(simulate(vectors, answers, dev, dev_answers, seed=seed), answers is not None, json_)
         return
     if pool is None:
         raise BadRequest("Name the unlabelled rows with --pool FILE, or ask for --simulate.")
     found = read_pool(pool, splits)
-    train, candidates = _vectors(_embedder(), texts, [row.text for row in found.rows])
+    train, candidates = _vectors(open_embedder(Settings.load()), texts, [row.text for row in found.rows])
     rows = [
         {
             "id": found.rows[choice.position].id,
@@ -153,9 +153,9 @@ def label(
     rows = read_pool(pool, splits)
     if endpoint:
         done = asyncio.run(_labelled(splits, rows, above, endpoint, _named(model)))
-        embedder = _embedder() if measure else None
+        embedder = open_embedder(Settings.load()) if measure else None
     else:
-        embedder = _embedder()
+        embedder = open_embedder(Settings.load())
         done = label_by_head(splits, rows, above, embedder)
     write_rows(out, done.rows)
     told = {"out": str(out), "rows": len(done.rows), "unsure": done.unsure, "unlisted": done.unlisted}
@@ -184,7 +184,7 @@ def grow(
     done = asyncio.run(_grown(splits, n, endpoint, _named(model), seed))
     write_rows(out, done.rows)
     told = {"out": str(out), "rows": len(done.rows), "asked": done.asked, "repeated": done.repeated}
-    _finish(told, splits, done.rows, _embedder() if measure else None, json_)
+    _finish(told, splits, done.rows, open_embedder(Settings.load()) if measure else None, json_)
 
 
 async def _labelled(splits: Splits, rows: Any, above: float, url: str, model: str) -> Labelled:
@@ -241,20 +241,6 @@ def _describe(found: Checked, pictures: Sequence[str]) -> None:
     for path in pictures:
         text(f"picture   {path}")
     say(f"{wire['name']}: {wire['kind']} data, " + ("ready for training" if found.ok else "not ready for training"))
-
-
-def _tokenizer(settings: Settings) -> Any:
-    offline_environment()
-    with bar() as progress:
-        return open_tokenizer(materialise(settings.model, settings.cache, progress))
-
-
-def _embedder() -> Embedder:
-    settings = Settings.load()
-    offline_environment()
-    with bar() as progress:
-        files = materialise(settings.embedder, settings.cache, progress)
-    return Embedder(files.path, files.name)
 
 
 def _vectors(embedder: Embedder, *lots: Sequence[str]) -> list[Any]:

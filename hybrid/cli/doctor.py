@@ -11,11 +11,11 @@ import typer
 from hybrid import reach
 from hybrid.bench.tune import keep
 from hybrid.bench.tune import tune as try_settings
-from hybrid.cli.say import bar, data, say, text
+from hybrid.cli.ready import ready
+from hybrid.cli.say import data, say, text
 from hybrid.doctor import examine
 from hybrid.errors import HomeInUse
-from hybrid.models import materialise
-from hybrid.settings import Settings, offline_environment
+from hybrid.settings import Settings
 
 MARKS = {"ok": "ok  ", "warn": "warn", "bad": "BAD "}
 
@@ -49,9 +49,7 @@ def _tune(settings: Settings, minutes: float, json_: bool) -> None:
     """Raises HomeInUse beside a server, whose work would be measured too."""
     if reach.find(settings.rooms.server_file) is not None:
         raise HomeInUse("A server runs in this home and would disturb the measurement; stop it first.")
-    offline_environment()
-    with bar() as progress:
-        model = materialise(settings.model, settings.cache, progress)
+    with ready(settings, settings.model) as (model, progress):
         result = asyncio.run(try_settings(settings, model, minutes=minutes, progress=progress))
     written = keep(settings, result)
     if json_:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hybrid.cli.ready import open_embedder
 from hybrid.cli.say import bar, data, say, text
 from hybrid.errors import BadRequest, NotFound
 from hybrid.gate import published
@@ -15,9 +16,7 @@ from hybrid.gate.outcomes import read_outcomes
 from hybrid.gate.routed import chosen, judge, slack_of
 from hybrid.gate.teach import score_for, teach
 from hybrid.gate.vectors import embedded
-from hybrid.knowledge.embed import Embedder
-from hybrid.models import materialise
-from hybrid.settings import Settings, offline_environment
+from hybrid.settings import Settings
 from hybrid.types import JSON
 
 app = typer.Typer(help="The gate that outcomes taught: train, show, eval, promote, rollback.", no_args_is_help=True)
@@ -40,7 +39,7 @@ def train(
     table = read_outcomes(sources, teach=True)
     say(f"{len(table)} queries, {len(table.arms)} arms: {', '.join(table.arms)}")
     settings = Settings.load()
-    embedder = _embedder(settings)
+    embedder = open_embedder(settings)
     with bar() as progress:
         made = teach(
             settings.rooms, table, embedder.embed, embedder.digest, settings.cache,
@@ -96,7 +95,7 @@ def evaluate(
     """
     table = read_outcomes([*on, *(more or ())], teach=False)
     settings = Settings.load()
-    embedder = _embedder(settings)
+    embedder = open_embedder(settings)
     wanted, version = _which(gate)
     found = published.load_learned(settings.rooms, wanted, version, embedder.digest)
     if found is None:
@@ -129,13 +128,6 @@ def promote(name: Annotated[str, typer.Argument(metavar="NAME@VERSION")], json_:
 def rollback(name: Annotated[str, typer.Argument(metavar="NAME")] = published.GATE, json_: Json = False) -> None:
     """Lets the bare name mean the version that it meant before."""
     _told(json_, name, published.rollback(Settings.load().rooms, name), "is back as")
-
-
-def _embedder(settings: Settings) -> Embedder:
-    offline_environment()
-    with bar() as progress:
-        model = materialise(settings.embedder, settings.cache, progress)
-    return Embedder(model.path, model.name)
 
 
 def _which(spec: str) -> tuple[str, int | None]:

@@ -7,22 +7,18 @@ from typing import Annotated
 
 import typer
 
+from hybrid.cli.ready import open_embedder
 from hybrid.cli.say import bar, data, say, text
 from hybrid.errors import DataError
-from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.search import Library
-from hybrid.models import materialise
 from hybrid.rooms import check_name
-from hybrid.settings import Settings, offline_environment
+from hybrid.settings import Settings
 from hybrid.types.passage import Passage
 
 
 def open_library(settings: Settings) -> Library:
     """The corpora of a home, with the embedder that its settings name."""
-    offline_environment()
-    with bar() as progress:
-        model = materialise(settings.embedder, settings.cache, progress)
-    return Library(settings.rooms, Embedder(model.path, model.name), settings.retrieval)
+    return Library(settings.rooms, open_embedder(settings), settings.retrieval)
 
 
 def index(

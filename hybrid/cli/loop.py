@@ -8,14 +8,13 @@ from typing import Annotated
 
 import typer
 
+from hybrid.cli.ready import open_embedder
 from hybrid.cli.say import bar, data, say, text
 from hybrid.errors import BadRequest
 from hybrid.gate.published import GATE, load_learned, serving_version
-from hybrid.knowledge.embed import Embedder
 from hybrid.lifecycle.loop import BUDGET_MIN, Round, loop_once
 from hybrid.lifecycle.replay import open_desk
-from hybrid.models import materialise
-from hybrid.settings import Settings, offline_environment, share_cores
+from hybrid.settings import Settings, share_cores
 from hybrid.types import JSON
 
 #: seconds between two looks for something new
@@ -89,10 +88,7 @@ def replay(
         raise BadRequest("Name decisions, or give --since HOURS.")
     version = serving_version(gate)
     settings = Settings.load()
-    offline_environment()
-    with bar() as progress:
-        model = materialise(settings.embedder, settings.cache, progress)
-    embedder = Embedder(model.path, model.name)
+    embedder = open_embedder(settings)
     load_learned(settings.rooms, GATE, version, embedder.digest)  # refused here, where a server would do without
     with open_desk(settings, embedder) as desk:
         found = desk.replay(desk.gate(version), ids or (), time.time() - since * 3600)

@@ -9,11 +9,11 @@ import typer
 
 from hybrid.adapters.mix import parse_weights
 from hybrid.adapters.store import AdapterStore
-from hybrid.cli.say import bar, data, say
+from hybrid.cli.ready import made_ready
+from hybrid.cli.say import data, say
 from hybrid.cli.train import hand_over
 from hybrid.errors import EngineRejected, Refused
-from hybrid.models import materialise
-from hybrid.settings import Settings, offline_environment, share_cores
+from hybrid.settings import Settings, share_cores
 from hybrid.state import State
 from hybrid.training.merge import Merge
 from hybrid.training.merge import merge as run_merge
@@ -39,10 +39,8 @@ def merge(
     order = Merge(
         name=name, weights=parse_weights(",".join(weights)), method=method, density=density, rank=rank, task=task
     )
-    offline_environment()
     share_cores()
-    with bar() as step:
-        model = materialise(settings.model, settings.cache, step)
+    model = made_ready(settings, settings.model)
     store = AdapterStore(settings.rooms, State(settings.rooms.database), model.sha256)
     result = run_merge(order, store=store, model=model, max_rank=settings.engine.max_lora_rank)
     try:
