@@ -72,7 +72,7 @@ def test_D5_every_answer_during_a_hundred_publications_is_of_one_generation(
 
     def ask(rights: Rights) -> list[int]:
         seen = [issue_of(reader, rights)]
-        while not ended.wait(0.002):
+        while not ended.wait(0.01):
             seen.append(issue_of(reader, rights))
         return seen
 
