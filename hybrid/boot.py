@@ -28,7 +28,7 @@ from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.lending import lent
 from hybrid.knowledge.search import Library
 from hybrid.knowledge.shelves import Shelves
-from hybrid.models import ModelFiles, materialise
+from hybrid.models import ModelFiles, is_small, materialise
 from hybrid.rooms import Home
 from hybrid.settings import Settings, offline_environment
 from hybrid.state import State
@@ -86,6 +86,7 @@ async def open_gateway(
         count_tokens=token_counter(model),
         secret=_secret(home),
         enrolment=enrolment,
+        passages=settings.retrieval.shown(small=await asyncio.to_thread(is_small, model)),
         rater=rater,
     )
     tasks = [

@@ -68,6 +68,7 @@ class Gateway:
         count_tokens: Callable[[str], int],
         secret: bytes,
         enrolment: Enrolment,
+        passages: int,
         rater: Rater | None = None,
     ) -> None:
         self.settings = settings
@@ -101,6 +102,7 @@ class Gateway:
         self.journal = Journal(state)
         self._heads = Heads(library.embedder)
         self.count_tokens = count_tokens
+        self._passages = passages
         self._secret = secret
         self._enrolment = enrolment
         self._rater = rater
@@ -171,6 +173,7 @@ class Gateway:
             count_tokens=self.count_tokens,
             adapters={spec: version.ref.engine_name for spec, version in plan.versions.items()},
             instruction=_instruction(version) if plan.by_gate else "",
+            top_k=_trained_with(version) or self._passages,
             cache_salt=self._salt(request.caller),
             member=lambda asked, other: self._bind(asked, other, plan),
             head=self._head(version),
@@ -323,6 +326,11 @@ class Gateway:
 
 def _instruction(version: AdapterVersion | None) -> str:
     return str(version.card.get("instruction", "")) if version else ""
+
+
+def _trained_with(version: AdapterVersion | None) -> int:
+    """How many passages stood before each question in the training; 0 where none did, or nobody knows."""
+    return int(version.card.get("passages") or 0) if version else 0
 
 
 async def _played(plan: Plan, tools: Bound, record: Callable[[Decision], None]) -> AsyncGenerator[Event]:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from hybrid.settings import DEFAULT_EMBEDDER, DEFAULT_MODEL, offline_environment
 Progress = Callable[[str, int, int], None]
 
 MANIFEST = "manifest.json"
+#: parameters from which a model is no longer small
+_SMALL = 500_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,18 @@ class ModelFiles:
     name: str
     path: Path
     sha256: str
+
+
+def is_small(model: ModelFiles) -> bool:
+    """Whether a model has less than half a billion parameters, by the headers of its safetensors files."""
+    return sum(map(_parameters, model.path.glob("*.safetensors"))) < _SMALL
+
+
+def _parameters(file: Path) -> int:
+    with file.open("rb") as weights:
+        size = int.from_bytes(weights.read(8), "little")
+        header = json.loads(weights.read(size))
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,9 @@ class EngineSettings(_Section):
 class RetrievalSettings(_Section):
     """How corpora are cut and searched."""
 
-    top_k: int = Field(3, ge=1, le=50)
+    top_k: int | None = Field(
+        None, ge=1, le=50, description="passages before a question (default: 3, or 1 if the base model is small)"
+    )
     refusal: str = Field(
         "This is not in the documents.", description="the answer where nothing found is likely to hold one; empty: none"
     )
@@ -112,6 +114,10 @@ class RetrievalSettings(_Section):
     file_mb: int = Field(64, ge=1, description="a larger file is skipped; a corpus.jsonl may be of any size")
     parse_mb: int = Field(1024, ge=256, description="memory for reading one file, in MiB")
     parse_s: float = Field(60.0, gt=0, description="time for reading one file")
+
+    def shown(self, *, small: bool = False) -> int:
+        """How many passages are put before a question: a small model reads worse what stands beside the right one."""
+        return self.top_k or (1 if small else 3)
 
     @field_serializer("vector_engine", when_used="json")
     def _told(self, value: SecretStr, info: FieldSerializationInfo) -> str:

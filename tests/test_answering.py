@@ -224,7 +224,8 @@ def test_the_command_line_teaches_and_measures_refusals(people: Path, tmp_path: 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server(tmp_path_factory: pytest.TempPathFactory, people: Path) -> AsyncIterator[Running]:
     """A server with a corpus that was tuned, and one that was not."""
-    async with running(make_home(tmp_path_factory.mktemp("home"), engine={"max_model_len": 300})) as server:
+    home = make_home(tmp_path_factory.mktemp("home"), engine={"max_model_len": 300}, retrieval={"top_k": 3})
+    async with running(home) as server:
         library = server.gateway.library
 
         def fill() -> None:

@@ -75,27 +75,35 @@ def nq(data: Path, tmp_path: Path) -> Path:
     return write(folder, corpus=[row for row in corpus if row["id"] in gold] + corpus[:20])
 
 
-def test_raft_trains_on_what_the_strategy_will_send(house: House, nq: Path) -> None:
-    result = house.train(nq, name="nq", method="raft", max_length=2048, max_steps=2)
+@pytest.mark.parametrize(("passages", "model"), [(None, "rag:nq"), (3, "adapter+rag:nq:nq")])
+def test_raft_trains_on_what_the_strategy_will_send(house: House, nq: Path, passages: int | None, model: str) -> None:
+    result = house.train(nq, name="nq", method="raft", max_length=2048, max_steps=2, passages=passages)
     assert house.card(result)["corpus"] == "nq"
+    assert house.card(result)["passages"] == (passages or house.settings.retrieval.top_k)
     assert result.metrics["retrieval"]["dev_found"] > 0.5
     data = read_dataset(nq)
-    job = house.job(data, Recipe(method="raft"), "nq")
+    job = house.job(data, Recipe(method="raft", passages=passages), "nq")
     tokenizer = AutoTokenizer.from_pretrained(house.tiny.path)
     with closing(Library(house.settings.rooms, house.embedder, house.settings.retrieval)) as library:
-        retriever = Retriever(job, library, "nq", lambda text: len(tokenizer(text)["input_ids"]))
+        retriever = Retriever(
+            job,
+            library,
+            "nq",
+            passages or house.settings.retrieval.shown(),
+            lambda text: len(tokenizer(text)["input_ids"]),
+        )
         trained, _ = retriever.over(data)
     assert result.metrics["dev_sha256"] == digest(trained.dev)
 
     async def sent() -> list[str]:
         engine, server = {"kind": "scripted"}, {"port": 0, "ui": False, "quickstart": False}
         retrieval = house.settings.retrieval.model_dump()
-        home, model = house.settings.home, str(house.tiny.path)
-        settings = Settings.load(home=home, model=model, engine=engine, server=server, retrieval=retrieval)
+        home, base = house.settings.home, str(house.tiny.path)
+        settings = Settings.load(home=home, model=base, engine=engine, server=server, retrieval=retrieval)
         async with running(settings) as server_:
             for row in data.dev:
                 status, body, _ = await server_.post(
-                    "/v1/chat/completions", chat(row.question, model="rag:nq", max_tokens=1)
+                    "/v1/chat/completions", chat(row.question, model=model, max_tokens=1)
                 )
                 assert status == 200, body
             requests = (await server_.engine_log())["requests"]
@@ -116,7 +124,7 @@ def test_the_right_passage_is_put_in_where_the_search_misses_it(house: House, nq
         library.ingest("nq", nq)
         for share, low, high in ((0.0, 0.0, 0.3), (1.0, 1.0, 1.0)):
             job = house.job(data, Recipe(method="raft", gold_share=share), "nq")
-            _, told = Retriever(job, library, "nq", lambda text: len(text) // 20).over(data)
+            _, told = Retriever(job, library, "nq", 3, lambda text: len(text) // 20).over(data)
             assert low <= told["train_shown"] <= high, told
             assert told["train_found"] < 0.3
 

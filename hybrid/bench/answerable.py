@@ -70,10 +70,10 @@ def _measure(
             if learned.answerable is None:
                 raise DataError(f"The dev questions of {folder} do not tell when an answer is missing.")
             library.tune(NAME, learned)
-            present = _asked(library, task, tested, settings.retrieval.top_k)
+            present = _asked(library, task, tested, settings.retrieval.shown())
             kept = _without(rows, tested)
             _ingest(library, documents, kept, progress)
-            absent = _asked(library, task, tested, settings.retrieval.top_k)
+            absent = _asked(library, task, tested, settings.retrieval.shown())
     facts = {"task": task.name, "passages": len(rows), "taken out": len(rows) - len(kept), "learned from": len(dev)}
     return _result(tested, present, absent, learned, facts)
 

@@ -161,7 +161,7 @@ class _Bench:
             return None
         before = house.embedder.embedded
         for query in queries:
-            house.library.search(None, query, house.settings.retrieval.top_k)
+            house.library.search(None, query, house.settings.retrieval.shown())
         return house.embedder.embedded - before
 
     # --- scores ------------------------------------------------------------------------------------------------------

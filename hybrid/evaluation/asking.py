@@ -264,7 +264,8 @@ def _since(began: float) -> float:
 
 
 def default_arms(task: Task, offer: Offer) -> list[str]:
-    """The arms that apply to a task: everything offered, few-shot by its own examples, mixed arms where they fit."""
+    """The arms that apply to a task: everything offered, few-shot by its own examples, heads and mixed arms where they
+    fit."""
     cards = offer.adapters
     arms = ["prompt"]
     for model in offer.models:
@@ -276,7 +277,10 @@ def default_arms(task: Task, offer: Offer) -> list[str]:
             card = cards.get(named[0], {}).get("card", {})
             fits = card.get("corpus") == named[-1] or (card.get("task") == task.name == named[-1])
             arms += [model] if fits else []
-        elif strategy in ("rag", "head", "mix", "moa", "self_moa"):
+        elif strategy == "head":
+            # it says its labels and nothing else: elsewhere it is never right, but a check of form may let it pass
+            arms += [model] if task.name in (named[0], cards.get(named[0], {}).get("card", {}).get("task")) else []
+        elif strategy in ("rag", "mix", "moa", "self_moa"):
             arms.append(model)
         elif model in cards and "@" not in model:
             arms.append(f"adapter:{model}")

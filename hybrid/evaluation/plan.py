@@ -95,7 +95,7 @@ class _Size:
         self._count = cache(count)
         self._moa = settings.moa
         self._shots = settings.gate.few_shot_k
-        self._passages = settings.retrieval.top_k * _PASSAGE_TOKENS
+        self._passages = settings.retrieval.shown() * _PASSAGE_TOKENS
         self._adapters = offer.adapters
         self._tasks = {row.get("card", {}).get("task"): name for name, row in offer.adapters.items()}
         self._known: dict[Path, tuple[float, float]] = {}

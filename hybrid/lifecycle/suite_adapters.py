@@ -127,8 +127,9 @@ def prepare(
     return [order.name for order in todo]
 
 
-def minutes(order: Order, count: Callable[[str], int], top_k: int) -> float:
-    """About how long an order takes on two idle cores, from the tokens of its rows. `count` counts a text's tokens."""
+def minutes(order: Order, count: Callable[[str], int], passages: int) -> float:
+    """About how long an order takes on two idle cores, from the tokens of its rows. `count` counts a text's tokens, and
+    `passages` stand before a question where the recipe does not say how many."""
     if order.is_head:
         return _HEAD_S / 60
     data, recipe = order.data(), order.recipe
@@ -137,7 +138,7 @@ def minutes(order: Order, count: Callable[[str], int], top_k: int) -> float:
     each = sum(count(row.question) + count(row.answer) + _FRAME_TOKENS for row in rows) / max(1, len(rows))
     speed = TRAIN_TOKENS_PER_S
     if recipe.method == "raft":
-        each += top_k * _passage_tokens(order.task, count, dice)
+        each += (recipe.passages or passages) * _passage_tokens(order.task, count, dice)
         speed = LONG_TOKENS_PER_S
     each = min(each, recipe.max_length)
     steps, every = plan(len(data.train), recipe)

@@ -14,7 +14,7 @@ from hybrid.evaluation.runner import Ledger
 from hybrid.evaluation.suite import Subject, Suite, questions
 from hybrid.knowledge.search import Library
 from hybrid.lifecycle.suite_adapters import minutes, missing, missing_corpora, orders
-from hybrid.models import ModelFiles
+from hybrid.models import ModelFiles, is_small
 from hybrid.settings import Settings
 from hybrid.types import JSON
 
@@ -85,10 +85,11 @@ def planned(
     }
     whole = with_planned(offer, cards, [o.name for o in todo if o.is_head], [task.name for task in corpora])
     jobs = questions(suite, found, whole)
+    shown = settings.retrieval.shown(small=is_small(model))
     return Plan(
         suite=suite.name,
         corpora={task.name: _passages(task.folder) / PASSAGES_PER_MINUTE for task in corpora},
-        adapters={f"{o.name} ({o.recipe.method})": minutes(o, count, settings.retrieval.top_k) for o in todo},
+        adapters={f"{o.name} ({o.recipe.method})": minutes(o, count, shown) for o in todo},
         parts=tuple(parts(jobs, whole, Ledger(out), count, settings)),
     )
 

@@ -46,6 +46,7 @@ class Bound:
         count_tokens: Callable[[str], int],
         adapters: Mapping[str, str],
         instruction: str,
+        top_k: int,
         cache_salt: str,
         member: Callable[[Request, Arm], Bound],
         head: Callable[[str], Verdict] | None = None,
@@ -53,6 +54,7 @@ class Bound:
         rater: Rater | None = None,
     ) -> None:
         self.instruction = instruction
+        self.top_k = top_k
         self.usage = Usage()
         self._request = request
         self._settings = settings
@@ -82,10 +84,6 @@ class Bound:
         if self._panel is None:
             raise BadRequest("No panel was convened for this request; ask for moa or self_moa.", param="model")
         return self._panel
-
-    @property
-    def top_k(self) -> int:
-        return self._settings.retrieval.top_k
 
     @property
     def refusal(self) -> str:

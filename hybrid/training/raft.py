@@ -15,6 +15,7 @@ from typing import Any
 
 from hybrid.errors import BadRequest
 from hybrid.knowledge.search import Library, Question
+from hybrid.models import is_small
 from hybrid.prompts import replace_last_user, with_passages, within_budget
 from hybrid.strategies.followup import search_query
 from hybrid.training import lora
@@ -37,10 +38,12 @@ def fit(job: Job) -> Fitted:
 
     with closing(Library(job.settings.rooms, job.embedder, job.settings.retrieval)) as library:
         corpus = ready_corpus(job, library)
-        data, found = Retriever(job, library, corpus, count).over(job.data)
+        many = job.recipe.passages or job.settings.retrieval.shown(small=is_small(job.model))
+        data, found = Retriever(job, library, corpus, many, count).over(job.data)
     fitted = lora.fit(replace(job, data=data))
+    asked = {"corpus": corpus, "passages": many}
     metrics = {**fitted.metrics, "retrieval": found, "dev_sha256": digest(data.dev)}
-    return replace(fitted, metrics=metrics, save=lambda folder: {**fitted.save(folder), "corpus": corpus})
+    return replace(fitted, metrics=metrics, save=lambda folder: {**fitted.save(folder), **asked})
 
 
 def ready_corpus(job: Job, library: Library) -> str:
@@ -60,11 +63,12 @@ def ready_corpus(job: Job, library: Library) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Retriever:
-    """What the strategy would show before a question."""
+    """What the strategy would show before a question: as `many` passages as the served adapter will get."""
 
     job: Job
     library: Library
     corpus: str
+    many: int
     count: Callable[[str], int]
 
     def over(self, data: Dataset) -> tuple[Dataset, dict[str, Any]]:
@@ -91,7 +95,7 @@ class Retriever:
         return [self._search(Question(*asked)) for asked in zip(queries, vectors, strict=True)]
 
     def _search(self, question: Question) -> tuple[Passage, ...]:
-        found = self.library.search(self.corpus, question, self.job.settings.retrieval.top_k)
+        found = self.library.search(self.corpus, question, self.many)
         return self._fit(self.library.around(found))
 
     def _fit(self, passages: Sequence[Passage]) -> tuple[Passage, ...]:

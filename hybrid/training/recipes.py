@@ -41,6 +41,7 @@ ONLY: Mapping[str, tuple[str, ...]] = {
     "beta": ("dpo",),
     "corpus": ("raft",),
     "gold_share": ("raft",),
+    "passages": ("raft",),
     "teacher": ("distill", "distill_logits"),
     "teacher_model": ("distill",),
     "distill_temperature": ("distill_logits",),
@@ -91,6 +92,9 @@ class Recipe(BaseModel):
     corpus: str = Field("", description="RAFT: the corpus to retrieve from; the adapter's own name by default")
     gold_share: float = Field(
         0.8, ge=0, le=1, description="RAFT: rows that get the right passage if the search misses it"
+    )
+    passages: int | None = Field(
+        None, ge=1, le=50, description="RAFT: passages before each question, then and when served (default: as `rag`)"
     )
     teacher: str = Field("", description="distillation: the teacher's URL, or the folder or name of a local model")
     teacher_model: str = Field("", description="distillation: what the teacher at that URL is called")
