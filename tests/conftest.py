@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from library_kit import Open, libraries
 from tiny_model import make_tiny_model
 from xdist.scheduler import LoadScopeScheduling
 
@@ -70,6 +71,19 @@ def embedder() -> Embedder:
     """The embedder that is served."""
     model = materialise(DEFAULT_EMBEDDER, Settings.load().cache)
     return Embedder(model.path, model.name)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """The folder of a home that is made when something is put into it."""
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def open_library(home: Path, embedder: Embedder) -> Iterator[Open]:
+    """Opens libraries of that home."""
+    with libraries(home, embedder) as open_:
+        yield open_
 
 
 @pytest.fixture(scope="module")

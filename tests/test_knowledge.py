@@ -8,12 +8,12 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from library_kit import Open
 
 from hybrid.errors import BadRequest, DataError, NotFound, Refused
 from hybrid.knowledge.chunk import Chunker, markdown_title
@@ -32,27 +32,6 @@ FACTS = {
     "museum": "The museum of knots keeps a rope that was tied on a whaling ship in 1790.",
     "school": "Pupils of the village school learn to sail before they learn long division.",
 }
-
-
-Open = Callable[..., Library]
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def open_library(home: Path, embedder: Embedder) -> Iterator[Open]:
-    opened: list[Library] = []
-
-    def open_(**settings: int) -> Library:
-        opened.append(Library(Home(home), embedder, RetrievalSettings(**settings)))
-        return opened[-1]
-
-    yield open_
-    for library in opened:
-        library.close()
 
 
 @pytest.fixture

@@ -7,11 +7,12 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from library_kit import FACTS, Open, coded, libraries, write
 from pg_kit import PASSWORD, Postgres
 from server_kit import chat, make_home, running, until
 from typer.testing import CliRunner
@@ -26,20 +27,12 @@ from hybrid.rooms import Home
 from hybrid.settings import RetrievalSettings, Settings
 from hybrid.types.rights import Rights
 
-PARTS = {f"ZX-{n}Q": f"Part ZX-{n}Q of the pump costs {n % 90} coins and is made of brass." for n in range(4100, 4130)}
-FACTS = {
-    "ferry": "A vessel crosses the sound to Osterholm at dawn every weekday.",
-    "bakery": "Loaves of rye come out of the oven in Mill Lane on Tuesdays.",
-    "cat": "Felines doze for most of the day and hunt at dusk.",
-    "tower": "The clock on the town hall runs slow because a stork nests on its hand.",
-}
+PARTS = coded(30)
 #: what comes later
 PIER = "Fishing boats set out from the pier at sunrise."
 #: asked in words that no fact has
 PARAPHRASE = "when does the boat leave in the morning?"
 QUESTIONS = (PARAPHRASE, "kittens sleeping", "what does ZX-4117Q cost?", "bread", "a slow clock")
-
-Open = Callable[..., Library]
 
 
 @pytest.fixture(scope="module")
@@ -57,34 +50,14 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
-
-
-@pytest.fixture
 def open_library(home: Path, embedder: Embedder, postgres: Postgres) -> Iterator[Open]:
-    opened: list[Library] = []
-
-    def open_(where: Path = home, engine: str = postgres.url, **settings: object) -> Library:
-        opened.append(Library(Home(where), embedder, RetrievalSettings(vector_engine=engine, **settings)))
-        return opened[-1]
-
-    yield open_
-    for library in opened:
-        library.close()
+    with libraries(home, embedder) as open_:
+        yield lambda where=home, engine=postgres.url, **settings: open_(where, vector_engine=engine, **settings)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write(tmp_path / "documents", PARTS | FACTS)
-
-
-def write(folder: Path, texts: dict[str, str]) -> Path:
-    """A folder of one row a text."""
-    folder.mkdir(exist_ok=True)
-    rows = [{"id": name, "title": "", "text": text} for name, text in texts.items()]
-    (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return folder
 
 
 def same(one: Library, other: Library, questions: Iterable[object] = QUESTIONS, k: int = 5) -> None:

@@ -4,12 +4,13 @@ gone; a new corpus is searched by its words first; copies are shown once."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from library_kit import Open, libraries, write
 from typer.testing import CliRunner
 
 from hybrid.bench.synthetic import Made, texts
@@ -18,8 +19,6 @@ from hybrid.errors import NotReady
 from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.search import Library
 from hybrid.knowledge.store import About
-from hybrid.rooms import Home
-from hybrid.settings import RetrievalSettings
 from hybrid.types.rights import Rights
 
 KINDS: dict[str, dict[str, int]] = {
@@ -30,8 +29,6 @@ KINDS: dict[str, dict[str, int]] = {
 TEXTS = list(texts(600))
 GUEST = Rights(caller="guest", admin=False)
 
-Open = Callable[..., Library]
-
 
 @pytest.fixture(scope="module")
 def made(embedder: Embedder) -> Made:
@@ -40,29 +37,9 @@ def made(embedder: Embedder) -> Made:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
-
-
-@pytest.fixture
 def open_library(home: Path, made: Made) -> Iterator[Open]:
-    opened: list[Library] = []
-
-    def open_(where: Path = home, embedder: Embedder = made, **settings: object) -> Library:
-        opened.append(Library(Home(where), embedder, RetrievalSettings(**settings)))
-        return opened[-1]
-
-    yield open_
-    for library in opened:
-        library.close()
-
-
-def write(folder: Path, held: dict[str, str]) -> Path:
-    """A folder of one row a text."""
-    folder.mkdir(exist_ok=True)
-    rows = [json.dumps({"id": name, "title": "", "text": text}) for name, text in held.items()]
-    (folder / "corpus.jsonl").write_text("\n".join(rows) + "\n")
-    return folder
+    with libraries(home, made) as open_:
+        yield open_
 
 
 def numbered(numbers: range) -> dict[str, str]:

@@ -4,68 +4,34 @@ be switched off."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from library_kit import FACTS, Open, coded, write
 from sentence_transformers import CrossEncoder
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 from typer.testing import CliRunner
 
 from hybrid.cli import app
 from hybrid.errors import DataError, Refused, SetupError
-from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.rerank import COLUMNS, Reranker
 from hybrid.knowledge.search import Library
 from hybrid.knowledge.store import About
 from hybrid.knowledge.tuned import Tuned
 from hybrid.lifecycle.tune_search import dev_examples, learn
-from hybrid.rooms import Home
-from hybrid.settings import RetrievalSettings
 from hybrid.strategies.followup import search_query
 from hybrid.types.request import Message
 from hybrid.types.rights import Rights
 
-CODES = {f"ZX-{n}Q": f"Part ZX-{n}Q of the pump costs {n % 90} coins and is made of brass." for n in range(4100, 4160)}
-FACTS = {
-    "ferry": "A vessel crosses the sound to Osterholm at dawn every weekday.",
-    "bakery": "Loaves of rye come out of the oven in Mill Lane on Tuesdays.",
-    "cat": "Felines doze for most of the day and hunt at dusk.",
-    "tower": "The clock on the town hall runs slow because a stork nests on its hand.",
-}
-
-
-Open = Callable[..., Library]
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def open_library(home: Path, embedder: Embedder) -> Iterator[Open]:
-    opened: list[Library] = []
-
-    def open_(**settings: object) -> Library:
-        opened.append(Library(Home(home), embedder, RetrievalSettings(**settings)))
-        return opened[-1]
-
-    yield open_
-    for library in opened:
-        library.close()
+CODES = coded(60)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """One row a text."""
-    folder = tmp_path / "documents"
-    folder.mkdir()
-    rows = [{"id": name, "title": "", "text": text} for name, text in (CODES | FACTS).items()]
-    (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return folder
+    return write(tmp_path / "documents", CODES | FACTS)
 
 
 def ids(library: Library, query: str, k: int = 3, **more: object) -> list[str]:
