@@ -125,9 +125,8 @@ class Store:
 
     def meta(self) -> Meta | None:
         """The row of `meta`, or None before the first ingest."""
-        columns = [c for c in meta.c if c is not meta.c.id]
         with self._engine.connect() as connection:
-            row = connection.execute(select(*columns)).first()
+            row = connection.execute(_META).first()
         return Meta(*row) if row else None
 
     @contextmanager
@@ -239,8 +238,8 @@ class Store:
         out: dict[int, list[Passage]] = {}
         with self._engine.connect() as connection:
             for part in _parts(rows):
-                for r in connection.execute(_named().where(names.c.passage.in_(part))):
-                    out.setdefault(r.row, []).append(Passage(r.id, r.title, r.text, document=r.document))
+                for row, id, title, text, document in connection.execute(_OF_ROWS, {"rows": part}):
+                    out.setdefault(row, []).append(Passage(id, title, text, document=document))
         return out
 
     def called(self, ids: Sequence[str]) -> dict[str, list[Passage]]:
@@ -374,6 +373,11 @@ def _named() -> Select[Any]:
     joined = names.join(passages, names.c.passage == passages.c.row)
     columns = (passages.c.row, names.c.id, names.c.title, passages.c.text, names.c.document)
     return select(*columns).select_from(joined).order_by(names.c.seq)
+
+
+#: built once: every search reads them, and building a statement takes longer than running it
+_META = select(*(c for c in meta.c if c is not meta.c.id))
+_OF_ROWS = _named().where(names.c.passage.in_(bindparam("rows", expanding=True)))
 
 
 def _parts(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
