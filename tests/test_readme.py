@@ -130,8 +130,14 @@ def test_the_readmes_scores_are_the_committed_reports() -> None:
     assert "\n".join(table) in README.read_text()
 
 
-def test_the_committed_report_holds_no_text_of_a_data_set() -> None:
-    folder = ROOT / "eval/reports/real"
+def test_the_readmes_taught_score_is_the_committed_reports() -> None:
+    report = json.loads((ROOT / "eval/reports/real-taught/report.json").read_text())
+    assert f"[{report['overall']['auto']['score']:.2f}](eval/reports/real-taught/report.md)" in README.read_text()
+
+
+@pytest.mark.parametrize("name", ["real", "real-taught"])
+def test_the_committed_report_holds_no_text_of_a_data_set(name: str) -> None:
+    folder = ROOT / "eval/reports" / name
     assert not (folder / "examples.jsonl").exists()
     rows = [json.loads(line) for line in (folder / "outcomes.jsonl").read_text().splitlines()]
     assert rows
