@@ -14,13 +14,17 @@ from sentence_transformers import CrossEncoder
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 from typer.testing import CliRunner
 
+from hybrid import catalog
 from hybrid.cli import app
 from hybrid.errors import DataError, Refused, SetupError
+from hybrid.evaluation.asking import Offer, shown_settings
+from hybrid.evaluation.tasks import Task
 from hybrid.knowledge.rerank import COLUMNS, Reranker
 from hybrid.knowledge.search import Library
 from hybrid.knowledge.store import About
 from hybrid.knowledge.tuned import Tuned
 from hybrid.lifecycle.tune_search import dev_examples, learn
+from hybrid.settings import Settings
 from hybrid.strategies.followup import search_query
 from hybrid.types.request import Message
 from hybrid.types.rights import Rights
@@ -192,6 +196,23 @@ def test_tune_refuses_a_test_split_and_questions_that_stand_in_it(tmp_path: Path
         dev_examples(folder / "test.jsonl")
     with pytest.raises(DataError, match="not in the test split"):
         dev_examples(folder)
+
+
+def test_outcomes_of_a_corpus_that_was_tuned_anew_are_asked_again(open_library: Open, folder: Path) -> None:
+    library = open_library()
+    library.ingest("town", folder)
+    task = Task("town", "token_f1")
+
+    def digest() -> str:
+        status = {"adapters": [], "corpora": catalog.corpora(library), "gate": {}, "engine": {}}
+        return Offer(("rag:town",), status, shown_settings(Settings.load()), "base").digest("rag:town", task)
+
+    found = [digest(), digest()]
+    for weight in (0.1, 0.2):
+        library.tune("town", Tuned(weight=weight))
+        found.append(digest())
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
 
 
 def test_a_damaged_tuned_file_counts_as_none(open_library: Open, home: Path, folder: Path) -> None:

@@ -45,7 +45,7 @@ NEAREST = 20
 @dataclass(frozen=True, slots=True)
 class CorpusInfo:
     """A corpus as it is listed. `stage` is `words` while the vectors of a new corpus are being made and its words alone
-    are searched, then `meaning`."""
+    are searched, then `meaning`. `tuned` names what was learned about searching it, where anything was."""
 
     name: str
     passages: int
@@ -55,6 +55,7 @@ class CorpusInfo:
     bytes: int = 0
     engine: str = "faiss"
     stage: str = "meaning"
+    tuned: str = ""
 
     def wire(self) -> JSON:
         return asdict(self)
@@ -119,7 +120,9 @@ class Corpus:
         _, passages, documents, size, waits = self._counts
         engine = "pgvector" if self._engine else "faiss"
         stage = "words" if waits else "meaning"
-        return CorpusInfo(self.name, passages, documents, meta.generation, meta.embedder, size, engine, stage)
+        return CorpusInfo(
+            self.name, passages, documents, meta.generation, meta.embedder, size, engine, stage, self.tuned().digest
+        )
 
     def meta(self) -> Meta:
         """The row of `meta`. Raises Refused when the vectors are another embedder's."""

@@ -37,10 +37,18 @@ class Tuned:
             return Found(passages)
         return Found(passages, self.answerable.chance(found.by(self.weight)), self.answerable.least)
 
+    @property
+    def digest(self) -> str:
+        """Names it among all that could have been learned; "" where nothing was."""
+        return "" if self == Tuned() else _sum(self._value())[:16]
+
     def save(self, folder: Path) -> None:
         """Writes it beside the corpus, in one step."""
-        value: JSON = {"columns": list(COLUMNS), "signals": list(SIGNALS), **asdict(self)}
+        value = self._value()
         write_json(folder / FILE, {"sha256": _sum(value), "tuned": value})
+
+    def _value(self) -> JSON:
+        return {"columns": list(COLUMNS), "signals": list(SIGNALS), **asdict(self)}
 
     @classmethod
     def load(cls, folder: Path) -> Tuned:
