@@ -262,6 +262,33 @@ async def test_A3_fifty_bad_loads_disturb_nobody(store, engine, base):
     assert await engine.loaded() == {good.ref.engine_name}
 
 
+async def test_a_version_that_was_judged_during_a_pass_is_not_judged_again(store, engine, base, monkeypatch):
+    loader = loader_for(store, engine, base)
+    store.publish("old", filling(base, zero_b=True))
+    with pytest.raises(Refused):
+        await loader.load_now("old@1")  # the engine holds it until the next pass
+    store.publish("bad", filling(base, zero_b=True))
+    load, unload, go = engine.load, engine.unload, asyncio.Event()
+
+    async def held(ref: AdapterRef) -> None:
+        await go.wait()
+        await load(ref)
+
+    async def slow(name: str) -> None:
+        go.set()
+        await until(lambda: store.resolve("bad@1").state == "rejected" and not loader.is_loading("bad@1"))
+        await unload(name)
+
+    monkeypatch.setattr(engine, "load", held)
+    monkeypatch.setattr(engine, "unload", slow)
+    judged = asyncio.create_task(loader.load_now("bad@1"))
+    await until(lambda: loader.is_loading("bad@1"))
+    await loader.settle()
+    assert not loader.is_loading("bad@1")
+    with pytest.raises(Refused, match="no effect"):
+        await judged
+
+
 async def test_A4_an_adapter_without_effect_is_rejected_and_the_name_stays(store, engine, base):
     loader = loader_for(store, engine, base)
     store.publish("bank", filling(base))

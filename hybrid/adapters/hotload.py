@@ -95,7 +95,7 @@ class HotLoader:
             name = version.ref.engine_name
             if version.state in ("retired", "rejected") and name in loaded and not self._in_use(name):
                 await self._engine.unload(name)
-            elif version.state in PENDING and self._is_due(version.id):
+            elif self._is_pending(version.id) and self._is_due(version.id):
                 self._start(version.id, self._admit(version))
         for ref in self._store.desired(self._max_loaded):
             if ref.engine_name not in loaded and self._is_due(ref.id):
@@ -135,6 +135,13 @@ class HotLoader:
     def inspect(self, folder: Path) -> None:
         """Preflight of a folder that is no version yet. Raises Refused."""
         check(folder, self._base, self._max_rank)
+
+    def _is_pending(self, id: str) -> bool:
+        """Whether a version waits for its checks at this moment; a pass may have begun when it still did."""
+        try:
+            return self._store.resolve(id).state in PENDING
+        except ModelNotFound:
+            return False
 
     def _is_due(self, id: str) -> bool:
         """Whether to start now: one that failed before waits, and flies alone, so that no other gets the blame."""
