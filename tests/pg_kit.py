@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +21,12 @@ import psycopg
 
 USER = "keeper"
 PASSWORD = "not/for@the:log"
+#: becomes another user, then the program. `subprocess` with a user of its own forks where it otherwise does not, and a
+#: fork ends the threads of OpenBLAS: a product that another thread is in the middle of then spins for ever
+_BECOME = (
+    "import os, sys; os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[1])); "
+    "os.execv(sys.argv[3], sys.argv[3:])"
+)
 
 
 class Postgres:
@@ -29,18 +36,18 @@ class Postgres:
         self.folder = Path(tempfile.mkdtemp(prefix="hybrid-pg-"))
         self.folder.chmod(0o755)
         self._bin = _programs(self.folder)
-        self._as: dict[str, Any] = {}
+        self._as: list[str] = []
         data = self.folder / "data"
         data.mkdir(mode=0o700)
         if os.geteuid() == 0:  # which the server refuses to run as
             nobody = pwd.getpwnam("nobody")
             os.chown(data, nobody.pw_uid, nobody.pw_gid)
-            self._as = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+            self._as = [sys.executable, "-c", _BECOME, str(nobody.pw_uid), str(nobody.pw_gid)]
         secret = self.folder / "password"
         secret.write_text(PASSWORD + "\n")
         flags = ["-U", USER, "--auth=scram-sha-256", f"--pwfile={secret}", "--no-sync", "-E", "UTF8", "--locale=C"]
         made = subprocess.run(
-            [self._bin / "initdb", "-D", data, *flags], cwd=self.folder, capture_output=True, text=True, **self._as
+            [*self._as, self._bin / "initdb", "-D", data, *flags], cwd=self.folder, capture_output=True, text=True
         )
         assert made.returncode == 0, made.stdout + made.stderr
         with socket.socket() as free:
@@ -54,9 +61,9 @@ class Postgres:
         settings = ("listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off", "shared_buffers=32MB")
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                [self._bin / "postgres", "-D", self.folder / "data", "-p", str(self.port)]
+                [*self._as, self._bin / "postgres", "-D", self.folder / "data", "-p", str(self.port)]
                 + [word for setting in settings for word in ("-c", setting)],
-                cwd=self.folder, stdout=log, stderr=log, **self._as,
+                cwd=self.folder, stdout=log, stderr=log,
             )  # fmt: skip
         deadline = time.monotonic() + 60
         while True:
