@@ -109,7 +109,7 @@ class Corpus:
         self._snapshot: Snapshot | None = None
         self._counts = (-1, 0, 0, 0, False)
         self._holdings: tuple[int, Holdings] | None = None
-        self._tuned = (0, Tuned())
+        self._tuned = (0, Tuned(), "")
         #: the index of words: of which generation, up to which row, and its parts
         self._lexicon: tuple[int, int, tuple[Words, ...]] = (-1, 0, ())
 
@@ -121,7 +121,7 @@ class Corpus:
         engine = "pgvector" if self._engine else "faiss"
         stage = "words" if waits else "meaning"
         return CorpusInfo(
-            self.name, passages, documents, meta.generation, meta.embedder, size, engine, stage, self.tuned().digest
+            self.name, passages, documents, meta.generation, meta.embedder, size, engine, stage, self._learned()[1]
         )
 
     def meta(self) -> Meta:
@@ -240,11 +240,16 @@ class Corpus:
 
     def tuned(self) -> Tuned:
         """What its own questions taught about searching it."""
+        return self._learned()[0]
+
+    def _learned(self) -> tuple[Tuned, str]:
+        """What was learned and its digest, both made once a file: a corpus is listed at every request."""
         path = self._folder / FILE
         state = path.stat().st_mtime_ns if path.is_file() else 0
         if self._tuned[0] != state:
-            self._tuned = (state, Tuned.load(self._folder))
-        return self._tuned[1]
+            tuned = Tuned.load(self._folder)
+            self._tuned = (state, tuned, tuned.digest)
+        return self._tuned[1:]
 
     def tune(self, learned: Tuned) -> None:
         """Keeps what was learned, for every process."""
