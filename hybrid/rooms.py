@@ -157,6 +157,12 @@ def write_json(path: Path, value: Any) -> None:
         file.write("\n")
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes bytes in the same way."""
+    with _replacing(path, path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}"), "wb") as file:
+        file.write(data)
+
+
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes JSON Lines in the same way, for one writer at a time: what a crash leaves the next one writes over."""
     with _replacing(path, path.with_suffix(".part")) as file:
@@ -169,9 +175,9 @@ def row_line(row: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _replacing(path: Path, staging: Path) -> Iterator[IO[str]]:
+def _replacing(path: Path, staging: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A file that takes the place of `path` once it is on the disk."""
-    with staging.open("w", encoding="utf-8") as file:
+    with staging.open(mode, encoding=None if "b" in mode else "utf-8") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

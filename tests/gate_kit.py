@@ -68,12 +68,12 @@ class GateHome:
     def __init__(self, embedder: Embedder, cache: Path) -> None:
         self.embedder = embedder
         self.gate = Gate(pieces=embedder.count_tokens)
-        self.gate.enrol_general(general_lines(), general_vectors(embedder.embed, "test", cache))
-        self.gate.enrol_outside(outside_lines(), outside_vectors(embedder.embed, "test", cache))
+        self.gate.enrol_general(general_lines(), general_vectors(embedder.embed_queries, "test", cache))
+        self.gate.enrol_outside(outside_lines(), outside_vectors(embedder.embed_queries, "test", cache))
 
     def adapter(self, name: str, task: str, inputs: list[str]) -> None:
         full = [f"{task}\n\n{text}" for text in inputs]
-        self.gate.enrol_adapter(name, full, self.embedder.embed(full), self.embedder.embed(inputs))
+        self.gate.enrol_adapter(name, full, self.embedder.embed_queries(full), self.embedder.embed_queries(inputs))
 
     def garden(self) -> None:
         self.adapter("garden", GARDEN_TASK, [t.format(p) for t in TROUBLES for p in PLANTS[:8]])
@@ -86,7 +86,7 @@ class GateHome:
         self.gate.enrol_corpus("island", passages, self.embedder.embed([f"{p.title}\n{p.text}" for p in passages]))
 
     def train(self) -> None:
-        self.gate.weights = train_gate(self.gate.bank, self.embedder.embed)
+        self.gate.weights = train_gate(self.gate.bank, self.embedder.embed_queries)
 
     def best(self, query: str) -> Arm:
         scores = self.scores(query)

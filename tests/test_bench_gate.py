@@ -94,7 +94,9 @@ def home(embedder: Embedder, tmp_path_factory: pytest.TempPathFactory) -> Path:
         root / "dev", "dev",
         {"garden": (GARDEN_TASK, GARDEN[:40]), "library": (LIBRARY_TASK, BORROW[:40]), "island": ("", ISLAND_ASKED)},
     )  # fmt: skip
-    made = teach(rooms, read_outcomes([dev], teach=True), embedder.embed, embedder.digest, Settings.load().cache)
+    made = teach(
+        rooms, read_outcomes([dev], teach=True), embedder.embed_queries, embedder.query_digest, Settings.load().cache
+    )
     assert made.promoted
     return root
 

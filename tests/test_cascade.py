@@ -39,7 +39,7 @@ def taught_home(home: Path, **gate: Any) -> Settings:
         score=np.tile([0.6, 0.9], (n, 1)), cost=np.tile([100.0, 700.0], (n, 1)),
     )  # fmt: skip
     learned = fit("knn", table, embedder.embed(SUMS))
-    promote(settings.rooms, "gate", publish_learned(settings.rooms, "gate", learned, embedder.digest, {}))
+    promote(settings.rooms, "gate", publish_learned(settings.rooms, "gate", learned, embedder.query_digest, {}))
     shutil.copytree(ROOT / "eval/tasks/tickets", settings.rooms.tasks / "sums")
     return settings
 

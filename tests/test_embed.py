@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hybrid.errors import SetupError
-from hybrid.knowledge.embed import Embedder
+from hybrid.knowledge.embed import QUERY_TOKENS, Embedder
 
 TEXTS = [
     "Who lit the lighthouse on Gull Rock?",
@@ -53,7 +53,29 @@ def test_a_text_has_one_vector_whatever_stands_beside_it(embedder: Embedder) -> 
     together = embedder.embed(TEXTS)
     assert cosines(np.stack([embedder.embed([text])[0] for text in TEXTS]), together).min() > 0.9999
     assert cosines(embedder.embed(TEXTS[::-1])[::-1], together).min() > 0.9999
-    assert cosines(np.stack([embedder.embed_query(text) for text in TEXTS]), together).min() > 0.9999
+    asked = embedder.embed_queries(TEXTS)
+    assert cosines(np.stack([embedder.embed_query(text) for text in TEXTS]), asked).min() > 0.9999
+    short = [n for n, count in enumerate(embedder.count_tokens(TEXTS)) if count <= QUERY_TOKENS - 2]
+    assert len(short) > 5
+    assert cosines(asked[short], together[short]).min() > 0.9999
+
+
+def test_of_a_long_query_its_beginning_and_its_end_are_read(embedder: Embedder) -> None:
+    begins, ends = "Translate this into Dutch.", "Who lit the lighthouse on Gull Rock?"
+    filler = ["The ferry carries no bicycles. ", "A tariff is a tax on imports. "]
+    for times in (12, 4000):
+        first, second = (f"{begins} {text * times}{ends}" for text in filler)
+        # what stands in the middle changes nothing once both ends are longer than what is read
+        inner = [f"{begins} {filler[0] * 8}{text * times}{filler[0] * 8}{ends}" for text in filler]
+        assert float(embedder.embed_query(inner[0]) @ embedder.embed_query(inner[1])) > 0.9999
+        assert float(embedder.embed_query(first) @ embedder.embed_query(second)) < 0.99
+        for changed in (first.replace(begins, "Write a poem."), first.replace(ends, "What is a tariff?")):
+            assert float(embedder.embed_query(first) @ embedder.embed_query(changed)) < 0.98
+
+
+def test_vectors_of_queries_have_a_digest_of_their_own(embedder: Embedder) -> None:
+    assert embedder.query_digest.startswith(embedder.digest)
+    assert embedder.query_digest != embedder.digest
 
 
 def test_the_same_call_gives_the_same_bits(embedder: Embedder) -> None:
@@ -82,7 +104,7 @@ ELSEWHERE = """
 import sys
 from pathlib import Path
 import numpy as np
-from hybrid.knowledge.embed import Embedder
+from hybrid.knowledge.embed import QUERY_TOKENS, Embedder
 embedder = Embedder(Path(sys.argv[1]), "elsewhere")
 np.save(sys.argv[2], embedder.embed(np.load(sys.argv[3]).tolist()))
 sys.stdout.write(embedder.digest)

@@ -71,6 +71,9 @@ def test_vectors_of_another_embedder_are_made_again(task: Path, embedder: Embedd
     assert Shelf.open(version, embedder, tmp_path / "cache").vectors == pytest.approx(shelf.vectors, abs=2e-2)
     (version / "examples.safetensors").unlink()
     assert Shelf.open(version, embedder, tmp_path / "cache").messages == shelf.messages
+    # where the card tells the instruction, what a person asks who does not know it is known again
+    (version / "card.json").write_text(json.dumps({"instruction": INSTRUCTION}))
+    assert Shelf.open(version, embedder, tmp_path / "cache").bare == pytest.approx(shelf.bare, abs=2e-2)
 
 
 def test_damage_is_told_with_file_and_line(task: Path, embedder: Embedder, tmp_path: Path) -> None:

@@ -232,7 +232,13 @@ async def test_a_gate_that_knows_less_than_the_live_one_does_not_replace_it(
     table = read_outcomes([source], teach=True)
     made = await asyncio.to_thread(
         lambda: teach(
-            rooms, table, embedder.embed, embedder.digest, server.settings.cache, facts=facts, veto=lambda _: ""
+            rooms,
+            table,
+            embedder.embed_queries,
+            embedder.query_digest,
+            server.settings.cache,
+            facts=facts,
+            veto=lambda _: "",
         )
     )
     assert made.promoted

@@ -449,7 +449,7 @@ async def publish_topic(server: Running, name: str) -> None:
 
     def fill(folder: Path) -> dict[str, Any]:
         vectors = embedder.embed(list(texts))
-        Shelf(name, texts, texts, vectors, vectors, embedder=embedder.digest).write(folder)
+        Shelf(name, texts, texts, vectors, vectors, embedder=embedder.query_digest).write(folder)
         return filling(base, seed=len(name))(folder)
 
     version = await asyncio.to_thread(server.gateway.store.publish, name, fill)

@@ -365,7 +365,7 @@ def test_the_shelf_goes_with_the_adapter(
     result = publish(task, settings, store, embedder, tiny, name="shades")
     shelf = Shelf.load(result.path)
     assert shelf.name == "shades"
-    assert shelf.embedder == embedder.digest
+    assert shelf.embedder == embedder.query_digest
     assert (len(shelf.messages), shelf.vectors.shape, shelf.bare.shape) == (60, (60, embedder.dim), (60, embedder.dim))
     ((message, answer, similarity),) = shelf.nearest(embedder.embed_query("Name the colour.\n\nitem 8 is red!!!"), 1)
     assert message == "Name the colour.\n\nitem 8 is red!!!"

@@ -131,7 +131,7 @@ class Heads:
     def classify(self, folder: Path, card: Mapping[str, Any], text: str) -> Verdict:
         """What the head in `folder` says of `text`. Raises Refused for one made for another embedder. Blocking."""
         head = self._head(folder, card)
-        return head.verdict(self._embedder.embed_query(bare(text, str(card.get("instruction", "")))))
+        return head.verdict(self._embedder.embed([bare(text, str(card.get("instruction", "")))])[0])
 
     def _head(self, folder: Path, card: Mapping[str, Any]) -> Head:
         with self._lock:

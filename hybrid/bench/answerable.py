@@ -27,6 +27,7 @@ from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.search import Library
 from hybrid.knowledge.tuned import Tuned
 from hybrid.lifecycle.lessons import gold, question, says
+from hybrid.lifecycle.teach_reader import reader_for
 from hybrid.lifecycle.tune_refusal import FALSE_REFUSALS, auroc
 from hybrid.lifecycle.tune_search import dev_examples, learn
 from hybrid.models import ModelFiles
@@ -47,14 +48,16 @@ async def measure(
     *,
     embedding: ModelFiles,
     limit: int | None = None,
+    reader: bool = False,
     progress: Progress | None = None,
 ) -> Result:
-    """How often `limit` test questions are refused, with and without their passages. Raises DataError, Refused."""
-    return await asyncio.to_thread(_measure, settings, folder, embedding, limit, progress)
+    """How often `limit` test questions are refused, with and without their passages; with a `reader` that the training
+    questions teach. Raises DataError, Refused."""
+    return await asyncio.to_thread(_measure, settings, folder, embedding, limit, reader, progress)
 
 
 def _measure(
-    settings: Settings, folder: Path, embedding: ModelFiles, limit: int | None, progress: Progress | None
+    settings: Settings, folder: Path, embedding: ModelFiles, limit: int | None, reader: bool, progress: Progress | None
 ) -> Result:
     task, dev = dev_examples(folder)
     tested = sample([e for e in read_split(task, "test").examples if gold(e)], limit)
@@ -66,15 +69,23 @@ def _measure(
         embedder = Embedder(embedding.path, embedding.name)
         with closing(Library(home, embedder, settings.retrieval)) as library:
             _ingest(library, documents, rows, progress)
-            learned = learn(library, NAME, task, dev, progress)
+            told = progress or (lambda _step, _done, _total: None)
+            reads = reader_for(library, NAME, folder, settings.cache, told) if reader else None
+            learned = learn(library, NAME, task, dev, progress, reader=reads)
             if learned.answerable is None:
                 raise DataError(f"The dev questions of {folder} do not tell when an answer is missing.")
-            library.tune(NAME, learned)
+            library.tune(NAME, learned, reads)
             present = _asked(library, task, tested, settings.retrieval.shown())
             kept = _without(rows, tested)
             _ingest(library, documents, kept, progress)
             absent = _asked(library, task, tested, settings.retrieval.shown())
-    facts = {"task": task.name, "passages": len(rows), "taken out": len(rows) - len(kept), "learned from": len(dev)}
+    facts = {
+        "task": task.name,
+        "passages": len(rows),
+        "taken out": len(rows) - len(kept),
+        "learned from": len(dev),
+        "reader": reader,
+    }
     return _result(tested, present, absent, learned, facts)
 
 

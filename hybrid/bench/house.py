@@ -124,7 +124,7 @@ class House:
         gate.bank, gate.taught = self.gate.bank, taught
         for arm in arms:
             gate.forget(arm)
-        gate.weights = train_gate(gate.bank, self.embedder.embed)
+        gate.weights = train_gate(gate.bank, self.embedder.embed_queries)
         return gate
 
 
@@ -142,7 +142,7 @@ async def open_house(settings: Settings, embedding: ModelFiles, gate: str | None
         shelves = Shelves(lambda: example_folders(home, store), embedder, home.hidden / "cache")
         enrolment = Enrolment(home, store, shelves, library, settings.cache, state.measurements, version)
         if version is not None:
-            load_learned(home, GATE, version, embedder.digest)  # refused here, where a server would do without
+            load_learned(home, GATE, version, embedder.query_digest)  # refused here, where a server would do without
         await asyncio.to_thread(enrolment.refresh)
         if len(enrolment.gate.arms()) < 2:
             raise BadRequest("This home has no arm but `prompt`, so there is nothing to route: train an adapter first.")

@@ -27,6 +27,7 @@ from hybrid.evaluation.tasks import Task, read_split
 from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.search import Library
 from hybrid.lifecycle.lessons import gold, question
+from hybrid.lifecycle.teach_reader import reader_for
 from hybrid.lifecycle.tune_search import dev_examples, learn
 from hybrid.models import ModelFiles
 from hybrid.rooms import Home
@@ -81,10 +82,12 @@ async def measure(
     split: Literal["dev", "test"] = "dev",
     limit: int | None = None,
     corpus: str | None = None,
+    reader: bool = False,
     progress: Progress | None = None,
 ) -> Result:
-    """Recall, nDCG and latency of each stage on `limit` questions. Raises DataError, Refused, NotFound."""
-    return await asyncio.to_thread(_measure, settings, folder, embedding, split, limit, corpus, progress)
+    """Recall, nDCG and latency of each stage on `limit` questions; the closer look with a `reader` that the training
+    questions teach. Raises DataError, Refused, NotFound."""
+    return await asyncio.to_thread(_measure, settings, folder, embedding, split, limit, corpus, reader, progress)
 
 
 def _measure(
@@ -94,6 +97,7 @@ def _measure(
     split: Literal["dev", "test"],
     limit: int | None,
     corpus: str | None,
+    reader: bool,
     progress: Progress | None,
 ) -> Result:
     task, dev = dev_examples(folder)
@@ -107,13 +111,20 @@ def _measure(
                 library.ingest(CORPUS, folder, progress)
             else:
                 _copy(settings, embedder, corpus, library, Path(scratch) / "copy")
-            learned = learn(library, CORPUS, task, taught, progress)
+            told_of = progress or (lambda _step, _done, _total: None)
+            reads = reader_for(library, CORPUS, folder, settings.cache, told_of) if reader else None
+            learned = learn(library, CORPUS, task, taught, progress, reader=reads)
             passages = library.corpus(CORPUS).passages
-            library.tune(CORPUS, learned)
+            library.tune(CORPUS, learned, reads)
         embed_ms = _embedded(embedder, asked)
         found = _all(home, embedder, settings.retrieval, CORPUS, asked, progress)
     facts = {"task": task.name, "split": split, "questions": len(asked), "passages": passages}
-    told = {"weight": learned.weight, "closer look": learned.reranker is not None, "learned from": len(taught)}
+    told = {
+        "weight": learned.weight,
+        "closer look": learned.reranker is not None,
+        "learned from": len(taught),
+        "reader": reader,
+    }
     return _result(found, {**facts, **told, "embedding a question, ms": embed_ms})
 
 

@@ -30,6 +30,7 @@ app = typer.Typer(help="Benchmarks: numbers of this machine and home beside thei
 #: one process cannot ask for more
 MAX_RATE = 2_000
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
+Reader = Annotated[bool, typer.Option("--reader", help="a reader is taught from the task's training questions")]
 
 
 @app.command("list")
@@ -104,13 +105,14 @@ def retrieval(
     split: Annotated[Literal["dev", "test"], typer.Option(help="dev: half teaches, half is measured")] = "dev",
     limit: Annotated[int | None, typer.Option(min=1, help="questions that are measured")] = None,
     corpus: Annotated[str | None, typer.Option(help="a corpus of this home (default: the task's corpus.jsonl)")] = None,
+    reader: Reader = False,
     json_: Json = False,
 ) -> None:
     """Needs no server. The weight and the closer look are learned from dev questions, never from those measured."""
     settings = Settings.load()
     with ready(settings, settings.embedder) as (model, progress):
         run = BENCHMARKS["retrieval"].measure(
-            settings, task, embedding=model, split=split, limit=limit, corpus=corpus, progress=progress
+            settings, task, embedding=model, split=split, limit=limit, corpus=corpus, reader=reader, progress=progress
         )
         _show(run, json_)
 
@@ -119,12 +121,15 @@ def retrieval(
 def answerable(
     task: Annotated[Path, typer.Option(metavar="DIR", help="a task folder with a corpus.jsonl and questions of it")],
     limit: Annotated[int | None, typer.Option(min=1, help="test questions that are asked (default: all)")] = None,
+    reader: Reader = False,
     json_: Json = False,
 ) -> None:
     """Needs no server. What tells is learned from dev questions, never from those measured."""
     settings = Settings.load()
     with ready(settings, settings.embedder) as (model, progress):
-        run = BENCHMARKS["answerable"].measure(settings, task, embedding=model, limit=limit, progress=progress)
+        run = BENCHMARKS["answerable"].measure(
+            settings, task, embedding=model, limit=limit, reader=reader, progress=progress
+        )
         _show(run, json_)
 
 

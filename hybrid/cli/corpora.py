@@ -11,6 +11,7 @@ from hybrid.cli.index import open_library
 from hybrid.cli.say import bar, data, say, text
 from hybrid.lifecycle.attachments import Attachments
 from hybrid.lifecycle.corpora import Corpora
+from hybrid.lifecycle.teach_reader import reader_for
 from hybrid.lifecycle.tune_search import dev_examples, learn
 from hybrid.settings import Settings
 from hybrid.state import State
@@ -121,19 +122,24 @@ def alike(name: Annotated[str, typer.Argument(help="the corpus")], json_: Json =
 def tune(
     name: Name,
     task: Annotated[Path, typer.Option(metavar="DIR", help="a task folder; its dev questions name their passages")],
+    reader: Annotated[
+        bool, typer.Option("--reader", help="teach a reader of passages from its training questions, too: minutes")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Learns from a task's dev questions how a corpus is searched best, and searches it so from now on.
 
-    hybrid corpora tune handbook --task tasks/handbook
+    hybrid corpora tune handbook --task tasks/handbook --reader
     """
+    settings = Settings.load()
     folder, examples = dev_examples(task)
-    library = open_library(Settings.load())
+    library = open_library(settings)
     with bar() as progress:
-        learned = learn(library, name, folder, examples, progress)
-    library.tune(name, learned)
+        reads = reader_for(library, name, task, settings.cache, progress) if reader else None
+        learned = learn(library, name, folder, examples, progress, reader=reads)
+    library.tune(name, learned, reads)
     if json_:
-        kept = {"rerank": learned.reranker is not None, "refuse": learned.answerable is not None}
+        kept = {"rerank": learned.reranker is not None, "refuse": learned.answerable is not None, "reader": reader}
         data({"weight": learned.weight, **kept, **learned.facts})
         return
     facts = learned.facts

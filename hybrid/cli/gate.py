@@ -42,7 +42,7 @@ def train(
     embedder = open_embedder(settings)
     with bar() as progress:
         made = teach(
-            settings.rooms, table, embedder.embed, embedder.digest, settings.cache,
+            settings.rooms, table, embedder.embed_queries, embedder.query_digest, settings.cache,
             name=name, seed=seed, progress=progress, facts={"from": [str(path.resolve()) for path in sources]},
         )  # fmt: skip
     if json_:
@@ -97,11 +97,11 @@ def evaluate(
     settings = Settings.load()
     embedder = open_embedder(settings)
     wanted, version = _which(gate)
-    found = published.load_learned(settings.rooms, wanted, version, embedder.digest)
+    found = published.load_learned(settings.rooms, wanted, version, embedder.query_digest)
     if found is None:
         raise NotFound(f"No gate {wanted[:80]!r} was taught yet; `hybrid gate train --from REPORT` teaches one.")
     with bar() as progress:
-        vectors = embedded(table.queries, embedder.embed, embedder.digest, settings.cache, progress)
+        vectors = embedded(table.queries, embedder.embed_queries, embedder.query_digest, settings.cache, progress)
     score, cost = score_for(found[0], table, vectors)
     row = judge(table, chosen(table, score, cost, slack_of(quality_cost))).wire()
     if curve:

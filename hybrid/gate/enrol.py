@@ -93,8 +93,10 @@ class Enrolment:
         embedder = self._library.embedder
         if not self.generation:
             lines = general_lines()
-            self.gate.enrol_general(lines, general_vectors(embedder.embed, embedder.digest, self._cache))
-            self.gate.enrol_outside(outside_lines(), outside_vectors(embedder.embed, embedder.digest, self._cache))
+            self.gate.enrol_general(lines, general_vectors(embedder.embed_queries, embedder.query_digest, self._cache))
+            self.gate.enrol_outside(
+                outside_lines(), outside_vectors(embedder.embed_queries, embedder.query_digest, self._cache)
+            )
             embedder.embed_query(lines[0])  # the first query must not pay for loading
             embedder.count_tokens(lines[:1])
         for arm in gone:
@@ -113,10 +115,10 @@ class Enrolment:
     def _fitted(self) -> Weights:
         """The weights for what is enrolled: those kept for the very same arms, or new ones, kept too."""
         embedder = self._library.embedder
-        name = fingerprint(self._seen.items(), embedder.digest)
+        name = fingerprint(self._seen.items(), embedder.query_digest)
         known = kept(self._home, name)
         if known is None:
-            known = train_gate(self.gate.bank, embedder.embed)
+            known = train_gate(self.gate.bank, embedder.embed_queries)
             if self._seen:
                 keep(self._home, name, known)
         return known
@@ -141,7 +143,7 @@ class Enrolment:
         if self._candidate is not None:
             return self._candidate
         try:
-            found = load_learned(self._home, version=version, embedder=self._library.embedder.digest)
+            found = load_learned(self._home, version=version, embedder=self._library.embedder.query_digest)
         except HybridError as error:
             log.warning("the gate is not used: %s", error.message)
             return None
@@ -154,7 +156,7 @@ class Enrolment:
             return
         self._feedback = version
         try:
-            self.gate.bandit = load_bandit(self._home, self._library.embedder.digest)
+            self.gate.bandit = load_bandit(self._home, self._library.embedder.query_digest)
         except HybridError as error:
             log.warning("feedback is not used: %s", error.message)
             self.gate.bandit = None

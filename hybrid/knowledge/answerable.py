@@ -15,7 +15,8 @@ import numpy as np
 
 from hybrid.knowledge.logistic import Logistic
 from hybrid.knowledge.ranking import Floats
-from hybrid.knowledge.rerank import COLUMNS, Reranker, Shortlist
+from hybrid.knowledge.reader import SAYS
+from hybrid.knowledge.rerank import COLUMNS, READ_COLUMNS, Reranker, Shortlist
 from hybrid.types import JSON
 from hybrid.types.passage import Passage
 
@@ -51,19 +52,20 @@ class Found:
 
 
 def signals(rows: Floats, rarity: Mapping[str, float], closer: Reranker | None) -> Floats:
-    """float64 [21]: what tells whether the first candidates hold an answer.
+    """float64 [21]: what tells whether the first candidates hold an answer; [27] where they were read.
 
-    `rows` [m, 12], m >= 1, are their `rerank.features` in fused order, `rarity` is that of the question's words, and
-    `closer` says how likely each answers.
+    `rows` [m, 12 or 16], m >= 1, are those of a `Shortlist`, `rarity` is that of the question's words, and `closer`
+    says how likely each answers.
     """
-    column = dict(zip(COLUMNS, rows.T, strict=True))
+    column = dict(zip((*COLUMNS, *READ_COLUMNS), rows.T, strict=False))
     worth = np.zeros(len(rows)) if closer is None else closer.logits(rows)
     order = np.argsort(-worth, kind="stable")
     stands_out = [*_lead(column["dense"]), *_lead(column["lexical"]), *_lead(worth)]
+    read = [value for name in SAYS if name in column for value in _lead(column[name])]
     first = [column[name][order[0]] for name in _FIRST]
     best = [column[name][order[:_FEW]].max() for name in _BEST]
     asked = [np.log1p(len(rarity)), sum(rarity.values()) / max(1, len(rarity))]
-    return np.array([*stands_out, *first, *best, *asked], np.float64)
+    return np.array([*stands_out, *first, *best, *asked, *read], np.float64)
 
 
 def _lead(values: Floats) -> tuple[float, float, float]:

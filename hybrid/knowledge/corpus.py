@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from hybrid.errors import HybridError, NotFound, NotReady, Refused
+from hybrid.errors import DataError, HybridError, NotFound, NotReady, Refused
 from hybrid.knowledge.embed import Embedder, Vectors
 from hybrid.knowledge.filters import Matches
 from hybrid.knowledge.index import Snapshot, build, extended, load, manifest
@@ -22,6 +22,8 @@ from hybrid.knowledge.kinds import REFINE
 from hybrid.knowledge.lexical import Scored, Words, grown, scored
 from hybrid.knowledge.pg import PgEngine, PgIndex
 from hybrid.knowledge.ranking import Hit
+from hybrid.knowledge.reader import FILE as READER
+from hybrid.knowledge.reader import Reader
 from hybrid.knowledge.store import Holdings, Meta, Rows, Store
 from hybrid.knowledge.tuned import FILE, Tuned
 from hybrid.knowledge.visible import Visible, shown
@@ -109,7 +111,7 @@ class Corpus:
         self._snapshot: Snapshot | None = None
         self._counts = (-1, 0, 0, 0, False)
         self._holdings: tuple[int, Holdings] | None = None
-        self._tuned = (0, Tuned(), "")
+        self._tuned: tuple[int, Tuned, str, Reader | None] = (0, Tuned(), "", None)
         #: the index of words: of which generation, up to which row, and its parts
         self._lexicon: tuple[int, int, tuple[Words, ...]] = (-1, 0, ())
 
@@ -242,18 +244,32 @@ class Corpus:
         """What its own questions taught about searching it."""
         return self._learned()[0]
 
-    def _learned(self) -> tuple[Tuned, str]:
-        """What was learned and its digest, both made once a file: a corpus is listed at every request."""
+    def reader(self) -> Reader | None:
+        """What reads the best candidates beside the question, where one was taught."""
+        return self._learned()[2]
+
+    def _learned(self) -> tuple[Tuned, str, Reader | None]:
+        """What was learned, its digest and its reader, made once a file: a corpus is listed at every request."""
         path = self._folder / FILE
         state = path.stat().st_mtime_ns if path.is_file() else 0
         if self._tuned[0] != state:
-            tuned = Tuned.load(self._folder)
-            self._tuned = (state, tuned, tuned.digest)
+            tuned, reader = Tuned.load(self._folder), None
+            try:
+                reader = Reader.load(self._folder / READER, self._embedder) if tuned.reader else None
+            except DataError as error:
+                log.warning("%s What was learned with it is not used.", error.message)
+                tuned = Tuned()
+            self._tuned = (state, tuned, tuned.digest, reader)
         return self._tuned[1:]
 
-    def tune(self, learned: Tuned) -> None:
-        """Keeps what was learned, for every process."""
+    def tune(self, learned: Tuned, reader: Reader | None) -> None:
+        """Keeps what was learned, for every process, and the reader that it was learned with."""
+        file = self._folder / READER
+        if reader is not None:
+            learned = replace(learned, reader=reader.save(file))
         learned.save(self._folder)
+        if reader is None:
+            file.unlink(missing_ok=True)
 
     def _words(self, snapshot: Snapshot) -> tuple[Words, ...]:
         """The index of words of the generation, and of what was committed since: each passage is read for it once."""

@@ -1,5 +1,8 @@
 """The sentence embedder: unit vectors for passages by the thousand and for one query at a time.
 
+Of a long query the beginning and the end are read (head and tail: Sun et al. 2019, arXiv 1905.05583): what is asked
+stands there, and a layer's time grows with every token.
+
 A Sentence-BERT (Reimers & Gurevych 2019, arXiv 1908.10084) in bfloat16 where the processor computes with it, which
 leaves the vectors as they are: their cosine to float32 is above 0.9999, so the digest of an embedder names no number
 format. The library reads the folder and pools; its `encode` is left aside, and a plain BERT computes through `bert.py`.
@@ -36,6 +39,10 @@ Encoding = list[int]
 #: tokens in one batch, padding included: enough to fill the cores, small enough to stay in their caches
 BATCH_TOKENS = 1024
 QUERY_CACHE = 4096
+#: tokens of a query that are read, markers included: half of them from its beginning, half from its end
+QUERY_TOKENS = 64
+#: characters of either end of a query that are looked at for these tokens: a long document is not cut to pieces first
+_END = 16 * QUERY_TOKENS
 _NO_LIMIT = 1 << 20
 CORES = os.cpu_count() or 1
 
@@ -80,14 +87,25 @@ class Embedder:
             digest.update(sha256_file(weights).encode())
         return digest.hexdigest()
 
+    @property
+    def query_digest(self) -> str:
+        """As `digest`, of vectors of queries: they also rest on how much of one is read."""
+        return f"{self.digest}-{QUERY_TOKENS}"
+
     def embed(self, texts: Sequence[str], progress: Callable[[int, int], None] | None = None) -> Vectors:
         """Unit vectors float32 [n, dim] in the order of `texts`; longer texts are read up to the model's limit.
 
         `progress(done, total)` is called after every batch. Batches hold texts of like length, so that little of
         them is padding.
         """
-        out = np.empty((len(texts), self.dim), np.float32)
-        encodings = self._encode(texts)
+        return self._embed(self._encode(texts), progress)
+
+    def embed_queries(self, texts: Sequence[str], progress: Callable[[int, int], None] | None = None) -> Vectors:
+        """As `embed`, each text read as `embed_query` reads it: what queries are compared with as such."""
+        return self._embed(self._encode_queries(texts), progress)
+
+    def _embed(self, encodings: Sequence[Encoding], progress: Callable[[int, int], None] | None) -> Vectors:
+        out = np.empty((len(encodings), self.dim), np.float32)
         running: deque[tuple[list[int], Future[Vectors]]] = deque()
         done = 0
         for batch in (*_batches([len(e) for e in encodings]), None):
@@ -99,20 +117,21 @@ class Embedder:
                 out[rows] = vectors.result()
                 done += len(rows)
                 if progress:
-                    progress(done, len(texts))
+                    progress(done, len(encodings))
         return out
 
     def embed_query(self, text: str) -> Vectors:
-        """The unit vector float32 [dim] of one text; read-only, because it is shared with the cache."""
+        """The unit vector float32 [dim] of one query; read-only, because it is shared with the cache. Of one that is
+        longer than `QUERY_TOKENS` the beginning and the end are read."""
         vector: Vectors = self._cached_query(text)
         return vector
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """How many tokens each text has, without the markers around it."""
-        return [len(e.ids) for e in self._counter.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [len(e.ids) for e in self._whole.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     @cached_property
-    def _counter(self) -> Any:
+    def _whole(self) -> Any:
         return self._tokenizer(None)
 
     @cached_property
@@ -135,38 +154,30 @@ class Embedder:
         return tokenizer
 
     def _embed_query(self, text: str) -> Vectors:
-        vector: Vectors = self._forward(self._encode([text]))[0].copy()
+        vector: Vectors = self._forward(self._encode_queries([text]))[0].copy()
         vector.setflags(write=False)
         return vector
 
     def _encode(self, texts: Sequence[str]) -> list[Encoding]:
         return [encoding.ids for encoding in self._reader.encode_batch_fast(list(texts))]
 
+    def _encode_queries(self, texts: Sequence[str]) -> list[Encoding]:
+        ends = [text if len(text) <= 2 * _END else f"{text[:_END]} {text[-_END:]}" for text in texts]
+        most = min(QUERY_TOKENS, self._model.limit)
+        return [_ends(encoding.ids, most) for encoding in self._whole.encode_batch_fast(ends)]
+
     def _forward(self, encodings: Sequence[Encoding]) -> Vectors:
         """The model and what it pools with, over one padded batch; sums and norms in float32."""
         import torch
 
         model = self._model
-        with torch.inference_mode(), self._one_thread():
-            ids, mask = _padded(encodings, model.pad, model.limit)
+        with torch.inference_mode(), one_thread(self._threads):
+            ids, mask = padded(encodings, model.pad, model.limit)
             features = {"token_embeddings": model.hidden(ids, mask), "attention_mask": mask}
             for module in model.after:
                 features = module(features)
             pooled: Tensor = torch.nn.functional.normalize(features["sentence_embedding"].float(), dim=1)
             return pooled.numpy()
-
-    @contextmanager
-    def _one_thread(self) -> Iterator[None]:
-        """One core a batch. Cores that share a batch wait for one another at every product: with a core busy
-        elsewhere (the engine's) a query took 6 ms with one thread and 14 with two, and bulk work stood still.
-        """
-        import torch
-
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(self._threads)
 
     @property
     def _model(self) -> _Model:
@@ -180,26 +191,47 @@ class Embedder:
         return self._loaded
 
 
-def _load(path: Path) -> _Model:
-    """The sentence embedder at `path`. Raises SetupError when it is not one, or its weights are pickles."""
+@contextmanager
+def one_thread(usual: int) -> Iterator[None]:
+    """One core a batch, then `usual` again. Cores that share a batch wait for one another at every product: with a core
+    busy elsewhere (the engine's) a query took 6 ms with one thread and 14 with two, and bulk work stood still.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
+
+
+def open_model(path: Path) -> Any:
+    """The SentenceTransformer at `path`, in float32. Raises SetupError when it is none, or its weights are pickles."""
     _weights(path)
     from sentence_transformers import SentenceTransformer
 
     try:
-        model = SentenceTransformer(str(path), device="cpu", local_files_only=True, model_kwargs={"dtype": "float32"})
+        return SentenceTransformer(
+            str(path), device="cpu", local_files_only=True, model_kwargs={"dtype": "float32"}
+        ).eval()
     except (OSError, ValueError, KeyError) as error:
         raise SetupError(
             f"{path} cannot be loaded as a sentence embedder: {error}. "
             "Name a sentence-transformers folder in the setting `embedder`."
         ) from error
+
+
+def _load(path: Path) -> _Model:
+    """The sentence embedder at `path`. Raises SetupError."""
+    model = open_model(path)
     _keep_memory()
-    first, *after = model.eval()
+    first, *after = model
     return _Model(
         dim=int(model.get_embedding_dimension()),
         limit=int(model.max_seq_length or _NO_LIMIT),
         pad=model.tokenizer.pad_token_id or 0,
         tokenizer=model.tokenizer.backend_tokenizer.to_str(),
-        hidden=_hidden(first, precision()),
+        hidden=hidden_states(first, precision()),
         after=after,
     )
 
@@ -216,7 +248,7 @@ def _keep_memory() -> None:
     torch.empty(31 << 20, dtype=torch.uint8)
 
 
-def _hidden(first: Any, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+def hidden_states(first: Any, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
     """What a sentence-transformers model begins with, as a function of token ids and mask; any other than a BERT runs
     as it is.
     """
@@ -254,7 +286,12 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         start += size
 
 
-def _padded(encodings: Sequence[Encoding], pad: int, limit: int) -> tuple[Tensor, Tensor]:
+def _ends(encoding: Encoding, most: int) -> Encoding:
+    """At most so many tokens: the first half and the last half, with the markers that stand there."""
+    return encoding if len(encoding) <= most else encoding[: most // 2] + encoding[most // 2 - most :]
+
+
+def padded(encodings: Sequence[Encoding], pad: int, limit: int) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, int64 [n, longest], the longest rounded up within the limit."""
     import torch
 

@@ -18,7 +18,7 @@ import numpy as np
 from hybrid.errors import DataError
 from hybrid.knowledge.embed import Embedder, Vectors
 from hybrid.prompts import task_message
-from hybrid.rooms import fsync_tree, publish
+from hybrid.rooms import CARD, fsync_tree, publish
 
 ROWS = "examples.jsonl"
 TENSORS = "examples.safetensors"
@@ -68,10 +68,9 @@ class Shelf:
             return cls.embedded(str(task["name"]), str(task.get("instruction", "")), pairs, embedder, cache)
         if (folder / TENSORS).is_file():
             shelf = cls.load(folder)
-            if shelf.embedder == embedder.digest:
+            if shelf.embedder == embedder.query_digest:
                 return shelf
-        # the messages are whole here: what their instruction was is not known any more
-        return cls.embedded(folder.parent.name, "", _pairs(folder / ROWS), embedder, cache)
+        return cls.embedded(folder.parent.name, *_parted(folder), embedder, cache)
 
     @classmethod
     def embedded(
@@ -80,7 +79,7 @@ class Shelf:
         """A shelf of (input, reference) pairs under an instruction; vectors come from `cache` where they are there."""
         bare = [text for text, _ in pairs]
         messages = [task_message(instruction, text) for text in bare]
-        kept = cache / "shelves" / _key(embedder.digest, messages, bare)
+        kept = cache / "shelves" / _key(embedder.query_digest, messages, bare)
         if not (kept / TENSORS).is_file():
             _embed(kept, embedder, messages, bare)
         tensors, made_by = _tensors(kept / TENSORS)
@@ -108,10 +107,10 @@ class Shelf:
 
 def _embed(folder: Path, embedder: Embedder, messages: Sequence[str], bare: Sequence[str]) -> None:
     """Publishes the vectors into the cache; another process that was faster did the same work."""
-    vectors = embedder.embed([*messages, *(bare if list(bare) != list(messages) else [])])
+    vectors = embedder.embed_queries([*messages, *(bare if list(bare) != list(messages) else [])])
     try:
         with publish(folder) as staging:
-            _save(staging, vectors[: len(messages)], vectors[len(vectors) - len(bare) :], embedder.digest)
+            _save(staging, vectors[: len(messages)], vectors[len(vectors) - len(bare) :], embedder.query_digest)
     except FileExistsError:
         return
 
@@ -139,6 +138,19 @@ def _tensors(path: Path) -> tuple[Mapping[str, Vectors], str]:
         if tensor is None or tensor.ndim != 2 or tensor.dtype != np.float32 or not np.isfinite(tensor).all():
             raise DataError(f"{path} holds no tensor {name!r} of finite float32 in two dimensions.")
     return tensors, made_by
+
+
+def _parted(folder: Path) -> tuple[str, list[tuple[str, str]]]:
+    """(the instruction on an adapter's card, its rows without it); none where a row does not begin with it."""
+    pairs = _pairs(folder / ROWS)
+    try:
+        instruction = str(json.loads((folder / CARD).read_text(encoding="utf-8"))["instruction"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "", pairs
+    before = task_message(instruction, "")
+    if not all(message.startswith(before) for message, _ in pairs):
+        return "", pairs
+    return instruction, [(message.removeprefix(before), answer) for message, answer in pairs]
 
 
 def _task(folder: Path) -> dict[str, Any]:

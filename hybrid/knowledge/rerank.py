@@ -1,13 +1,14 @@
 """A closer look at the best candidates: a linear model over what question and passage share, or a cross-encoder.
 
-The model is learned from the user's own questions; serving it is one product of a small matrix.
+The model is learned from the user's own questions; serving it is one product of a small matrix. Where a reader was
+taught from them too, what it says of each candidate is among what the model looks at.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -19,17 +20,22 @@ from hybrid.errors import SetupError
 from hybrid.knowledge.lexical import tokens
 from hybrid.knowledge.logistic import Logistic
 from hybrid.knowledge.ranking import CLOSER, Floats, Hit, convex
+from hybrid.knowledge.reader import SAYS, Reader
 
 #: the columns of `features`, in order; a model that was learned from others is not used
 COLUMNS = (
     "dense", "dense_gap", "lexical", "lexical_share", "dense_rank", "lexical_rank",
     "rare_words", "title_words", "title_asked", "pairs", "names", "length",
 )  # fmt: skip
+#: more columns where a reader reads: what it says, and how far that is below the best
+READ_COLUMNS = (*SAYS, *(f"{name}_gap" for name in SAYS))
+#: so many of the fused list are read
+READ = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Reranker(Logistic):
-    """Logistic regression over the columns of `features` [n, 12]: the probability that a passage answers."""
+    """Logistic regression over the columns of a `Shortlist` [n, 12 or 16]: the probability that a passage answers."""
 
 
 def features(question: str, rarity: Mapping[str, float], hits: Sequence[Hit]) -> Floats:
@@ -92,24 +98,45 @@ def _ranks(scores: Floats) -> Floats:
 @dataclass(frozen=True, eq=False)
 class Shortlist:
     """The candidates for a question, fused, best first; `rarity` is that of the question's words. `weight` is what the
-    cosine counted in a convex fusion, one number for all of them; None where they were fused otherwise."""
+    cosine counted in a convex fusion, one number for all of them; None where they were fused otherwise. The candidates
+    of a corpus with a `reader` are read; `read` keeps, by row, what it said of them.
+    """
 
     question: str
     rarity: Mapping[str, float]
     hits: list[Hit]
     weight: float | None = None
+    reader: Reader | None = None
+    read: dict[int, Floats] = field(default_factory=dict)
 
     @cached_property
     def rows(self) -> Floats:
-        """float64 [m, 12]: the `features` of the first `CLOSER`, worked out once however many ask."""
-        first = self.hits[:CLOSER]
-        return features(self.question, self.rarity, first) if first else np.empty((0, len(COLUMNS)))
+        """float64 [m, 12]: the `features` of the first `CLOSER`, worked out once however many ask; with a reader
+        [m, 16], of the first `READ`."""
+        first = self.hits[: CLOSER if self.reader is None else READ]
+        wide = len(COLUMNS) + len(READ_COLUMNS) * (self.reader is not None)
+        if not first:
+            return np.empty((0, wide))
+        found = features(self.question, self.rarity, first)
+        return found if self.reader is None else np.hstack([found, self._said(self.reader, first)])
+
+    def _said(self, reader: Reader, hits: Sequence[Hit]) -> Floats:
+        """float64 [m, 4]: the `READ_COLUMNS`."""
+        new = [hit for hit in hits if hit.row not in self.read]
+        self.read.update(zip((hit.row for hit in new), reader.read(self.question, [told(h) for h in new]), strict=True))
+        said = np.stack([self.read[hit.row] for hit in hits])
+        return np.hstack([said, said - said.max(axis=0)])
 
     def by(self, weight: float) -> Shortlist:
         """The same candidates as a convex fusion with this weight has them; these themselves where it made them."""
         if weight == self.weight:
             return self
-        return Shortlist(self.question, self.rarity, convex(self.hits, weight), weight)
+        return Shortlist(self.question, self.rarity, convex(self.hits, weight), weight, self.reader, self.read)
+
+
+def told(hit: Hit) -> str:
+    """A candidate as it is read."""
+    return f"{hit.passages[0].title}\n{hit.passages[0].text}".strip()
 
 
 class CrossEncoder:
@@ -120,7 +147,7 @@ class CrossEncoder:
 
     def scores(self, question: str, hits: Sequence[Hit]) -> Floats:
         """How well each passage [n] answers; only the order counts. Raises SetupError when there is no such model."""
-        pairs = [(question, f"{hit.passages[0].title}\n{hit.passages[0].text}".strip()) for hit in hits]
+        pairs = [(question, told(hit)) for hit in hits]
         return np.asarray(self._model.predict(pairs, show_progress_bar=False), np.float64).reshape(-1)
 
     @cached_property

@@ -13,6 +13,7 @@ from hybrid.errors import Conflict, NotFound, Refused, SetupError, StorageError
 from hybrid.knowledge.corpus import Corpus, corpus_lock
 from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.pg import PgEngine
+from hybrid.knowledge.reader import FILE as READER
 from hybrid.knowledge.tuned import FILE
 from hybrid.rooms import Home, check_name
 from hybrid.settings import RetrievalSettings
@@ -98,7 +99,7 @@ class Room:
             with self._opening:
                 self._shut(name)
                 # the database first: SQLite throws the log of a database away that is not there
-                for file in [folder / "store.db", *folder.glob("store*.db*"), folder / FILE]:
+                for file in [folder / "store.db", *folder.glob("store*.db*"), folder / FILE, folder / READER]:
                     file.unlink(missing_ok=True)
                 shutil.rmtree(folder / "generations", ignore_errors=True)
             if self._engine is not None:

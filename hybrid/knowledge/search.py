@@ -26,6 +26,7 @@ from hybrid.knowledge.filters import Matches
 from hybrid.knowledge.ingest import Ingest, IngestReport, Progress, parse_limits
 from hybrid.knowledge.pg import PgEngine
 from hybrid.knowledge.read import one_document
+from hybrid.knowledge.reader import Reader
 from hybrid.knowledge.room import OWNER, Room
 from hybrid.knowledge.stages import Stages
 from hybrid.knowledge.store import About, DocumentInfo
@@ -144,9 +145,10 @@ class Library:
         """What a corpus's own questions taught about searching it; the defaults where nothing did. Raises NotFound."""
         return self._corpus(name).tuned()
 
-    def tune(self, name: str, learned: Tuned) -> None:
-        """Keeps what was learned for a corpus; every process searches by it at once. Raises NotFound."""
-        self._corpus(name).tune(learned)
+    def tune(self, name: str, learned: Tuned, reader: Reader | None = None) -> None:
+        """Keeps what was learned for a corpus, with the `reader` that it was learned with; every process searches by it
+        at once. Raises NotFound."""
+        self._corpus(name).tune(learned, reader)
 
     def candidates(self, name: str, query: str) -> Candidates:
         """What is ranked in a search of one corpus, in no order. Raises NotFound, and NotReady where meaning is not

@@ -27,7 +27,9 @@ class Stages:
         each = [weight for weight, one in zip(weights, found, strict=True) for _ in one.hits]
         hits = fused([hit for one in found for hit in one.hits], each, method)
         alone = method == "convex" and len(found) == 1
-        return Shortlist(asked.text, found[0].rarity, hits, weights[0] if alone else None)
+        # rows tell candidates apart within one corpus only
+        reader = corpora[0].reader() if len(found) == 1 and asked.text and found[0].ready else None
+        return Shortlist(asked.text, found[0].rarity, hits, weights[0] if alone else None, reader)
 
     def ranked(
         self,

@@ -11,8 +11,9 @@ from typing import Any
 
 from hybrid.knowledge.answerable import SIGNALS, Answerable, Found
 from hybrid.knowledge.ranking import WEIGHT
+from hybrid.knowledge.reader import FILE as READER
 from hybrid.knowledge.rerank import COLUMNS, Reranker, Shortlist
-from hybrid.rooms import write_json
+from hybrid.rooms import sha256_file, write_json
 from hybrid.types import JSON
 from hybrid.types.passage import Passage
 
@@ -24,12 +25,14 @@ FILE = "tuned.json"
 @dataclass(frozen=True, slots=True)
 class Tuned:
     """`weight` in 0..1 is what the cosine counts beside the words; `answerable` tells when nothing that was found
-    answers; `facts` say from what it was learned."""
+    answers; `facts` say from what it was learned; `reader` is the SHA-256 of the reader's file, where one was taught:
+    the rest was learned with it and is of no use without."""
 
     weight: float = WEIGHT
     reranker: Reranker | None = None
     facts: JSON = field(default_factory=dict)
     answerable: Answerable | None = None
+    reader: str = ""
 
     def judged(self, passages: tuple[Passage, ...], found: Shortlist) -> Found:
         """The passages that a search shows, and how likely its candidates hold an answer, where that was learned."""
@@ -63,12 +66,19 @@ class Tuned:
             reranker = None if kept is None else Reranker.read(kept)
             # an older file knows nothing of when to refuse, or learned it from other signals
             answerable = Answerable.read(told) if told and value["signals"] == list(SIGNALS) else None
-            return cls(float(value["weight"]), reranker, value["facts"], answerable)
+            tuned = cls(float(value["weight"]), reranker, value["facts"], answerable, str(value.get("reader", "")))
+            if tuned.reader and not _is(folder / READER, tuned.reader):
+                raise ValueError(f"{READER} is another one, or damaged")
+            return tuned
         except FileNotFoundError:
             return cls()
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s cannot be used (%s); run `hybrid corpora tune` again.", path, error)
             return cls()
+
+
+def _is(file: Path, sha256: str) -> bool:
+    return file.is_file() and sha256_file(file) == sha256
 
 
 def _sum(value: Any) -> str:

@@ -89,5 +89,5 @@ def _corpora(settings: Settings, embedder: Embedder) -> dict[str, Known]:
 
 
 def _general(settings: Settings, embedder: Embedder) -> Known:
-    lines = general_vectors(embedder.embed, embedder.digest, settings.cache)
+    lines = general_vectors(embedder.embed_queries, embedder.query_digest, settings.cache)
     return Known((lines[: len(general_lines())],), learned=False)

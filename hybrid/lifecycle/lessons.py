@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from hybrid.evaluation.metrics import Example
 from hybrid.evaluation.retrieval import ndcg
 from hybrid.evaluation.tasks import Task
 from hybrid.knowledge.ranking import Floats, Hit, convex
+from hybrid.knowledge.reader import Reader
 from hybrid.knowledge.rerank import Reranker, Shortlist
 from hybrid.strategies.followup import search_query
 from hybrid.types.request import Message
@@ -47,6 +48,8 @@ class Lesson:
     rarity: Mapping[str, float]
     gold: tuple[str, ...]
     answers: tuple[str, ...] = ()
+    #: what a reader said of the candidates, by row
+    read: dict[int, Floats] = field(default_factory=dict)
 
     def right(self, hit: Hit) -> bool:
         """Whether a text answers; a piece `D#k` of a document `D` does."""
@@ -68,17 +71,18 @@ class Lesson:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Look:
-    """What a question's search finds, fused and best first, and the `rerank.features` [m, 12] of the first of it."""
+    """What a question's search finds, fused and best first, and the rows [m, 12 or 16] of the first of it, as a
+    `Shortlist` has them."""
 
     lesson: Lesson
     hits: Sequence[Hit]
     rows: Floats
 
     @classmethod
-    def at(cls, lesson: Lesson, weight: float, *, answerable: bool = True) -> Look:
+    def at(cls, lesson: Lesson, weight: float, reader: Reader | None, *, answerable: bool = True) -> Look:
         """With the passages that answer, or as a corpus that lacks them would have it."""
         hits = [hit for hit in lesson.hits if answerable or not (lesson.right(hit) or lesson.says(hit))]
-        found = Shortlist(lesson.text, lesson.rarity, convex(hits, weight), weight)
+        found = Shortlist(lesson.text, lesson.rarity, convex(hits, weight), weight, reader, lesson.read)
         return cls(lesson, found.hits, found.rows)
 
 

@@ -257,7 +257,7 @@ class _Circle:
             if newest.get("lessons") == lessons:
                 return _nothing("no outcome is new", live_version(rooms))
             made = teach(
-                rooms, table, self.embedder.embed, self.embedder.digest, self.settings.cache,
+                rooms, table, self.embedder.embed_queries, self.embedder.query_digest, self.settings.cache,
                 progress=self.told, veto=lambda new: self._veto(new, table, desk),
                 facts={"from": [str(self.out), *map(str, sources)], "lessons": lessons},
             )  # fmt: skip
@@ -277,7 +277,7 @@ class _Circle:
     def _veto(self, new: Learned, table: Lessons, desk: Desk) -> str:
         """Why a new gate may not serve although outcomes do not speak against it; "" where it may."""
         with contextlib.suppress(Refused):
-            live = load_learned(self.settings.rooms, embedder=self.embedder.digest)
+            live = load_learned(self.settings.rooms, embedder=self.embedder.query_digest)
             gone = sorted(set(live[0].memory.groups) - set(table.groups)) if live else []
             if gone:
                 known = ", ".join(group or "an outcome table" for group in gone)
@@ -305,7 +305,7 @@ class _Circle:
         verdict = desk.judged(judged, new, old, fitted)
         reason = verdict.words if verdict.worse else ""
         facts = {"n": len(taught), "lessons": lessons, "holdout": verdict.wire(), "reason": reason}
-        version = publish_bandit(rooms, fitted, self.embedder.digest, {**facts, "promoted": not reason})
+        version = publish_bandit(rooms, fitted, self.embedder.query_digest, {**facts, "promoted": not reason})
         if not reason:
             promote(rooms, FEEDBACK, version)
         return {"version": version, "promoted": not reason, "reason": reason, "holdout": verdict.wire()}

@@ -34,7 +34,7 @@ class Pair:
     absent: Look
 
     def rows(self, model: Reranker | None) -> Floats:
-        """float64 [2, 21]: the signals of both."""
+        """float64 [2, 21 or 27]: the signals of both."""
         looks = (self.present, self.absent)
         return np.stack([signals(look.rows, look.lesson.rarity, model) for look in looks])
 

@@ -1,8 +1,8 @@
 """`hybrid corpora tune`: what a task's dev questions teach about searching its corpus.
 
 Three things: what meaning counts beside words (a grid over the weight), which of the best candidates answers
-(logistic regression over `rerank.features`), and when none does (`tune_refusal`). The second is kept only if it helps
-questions that it did not learn from.
+(logistic regression over what a `Shortlist` tells of them), and when none does (`tune_refusal`). The second is kept
+only if it helps questions that it did not learn from.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from hybrid.errors import DataError, Refused
 from hybrid.evaluation.metrics import Example
 from hybrid.evaluation.tasks import Task, read_split, read_task
 from hybrid.knowledge.ranking import WEIGHT, convex, reranked
+from hybrid.knowledge.reader import Reader
 from hybrid.knowledge.search import Library
 from hybrid.knowledge.tuned import Tuned
 from hybrid.lifecycle.lessons import Lesson, Look, closer, folds, gold, question
@@ -43,9 +44,15 @@ def dev_examples(folder: Path) -> tuple[Task, list[Example]]:
 
 
 def learn(
-    library: Library, name: str, task: Task, examples: Sequence[Example], progress: Progress | None = None
+    library: Library,
+    name: str,
+    task: Task,
+    examples: Sequence[Example],
+    progress: Progress | None = None,
+    *,
+    reader: Reader | None = None,
 ) -> Tuned:
-    """What these questions teach about one corpus. Raises NotFound.
+    """What these questions teach about one corpus, where a `reader` that they did not teach reads too. Raises NotFound.
 
     `facts` hold nDCG@10 before and after, and of refusals AUROC, the share `refused` of the questions whose passages
     were taken away, and that of `false_refusals`.
@@ -58,10 +65,10 @@ def learn(
         if progress:
             progress("questions", done, len(examples))
     weight = max(_GRID, key=lambda w: (round(_worth(lessons, w), 6), -abs(w - WEIGHT)))
-    looks = [Look.at(lesson, weight) for lesson in lessons]
+    looks = [Look.at(lesson, weight, reader) for lesson in lessons]
     mixed, unseen = fmean(look.lesson.worth(look.hits) for look in looks), _unseen(looks)
     reranker = closer(looks) if unseen is not None and unseen > mixed else None
-    pairs = [Pair(look, Look.at(look.lesson, weight, answerable=False)) for look in looks]
+    pairs = [Pair(look, Look.at(look.lesson, weight, reader, answerable=False)) for look in looks]
     answerable, refusals = learn_refusal(pairs)
     facts = {
         "task": task.name,

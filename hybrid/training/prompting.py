@@ -43,7 +43,8 @@ def fit_few_shot(job: Job) -> Fitted:
     """
     train, shots = job.data.train, job.recipe.shots
     dev = job.data.dev[:DEV_LIMIT]
-    near = job.embedder.embed([e.question for e in dev]) @ job.embedder.embed([e.question for e in train]).T
+    asked, known = (job.embedder.embed_queries([e.question for e in rows]) for rows in (dev, train))
+    near = asked @ known.T
     shown = []
     for example, scores in zip(dev, near, strict=True):
         nearest = [train[n] for n in scores.argsort()[-shots:]]

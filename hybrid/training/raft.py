@@ -91,7 +91,7 @@ class Retriever:
     def found(self, rows: Sequence[Example]) -> list[tuple[Passage, ...]]:
         """What a search with each row's question finds, as far as the prompt's budget goes."""
         queries = [search_query(row.messages) for row in rows]
-        vectors = self.job.embedder.embed(queries)
+        vectors = self.job.embedder.embed_queries(queries)
         return [self._search(Question(*asked)) for asked in zip(queries, vectors, strict=True)]
 
     def _search(self, question: Question) -> tuple[Passage, ...]:

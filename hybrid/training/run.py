@@ -168,12 +168,12 @@ def _shelf(name: str, data: Dataset, embedder: Embedder) -> Shelf:
     examples = data.train[:SHELF_LIMIT]
     messages = tuple(example.question for example in examples)
     bare = tuple(example.bare for example in examples)
-    vectors = embedder.embed(messages)
+    vectors = embedder.embed_queries(messages)
     return Shelf(
         name=name,
         messages=messages,
         answers=tuple(example.answer for example in examples),
         vectors=vectors,
-        bare=vectors if bare == messages else embedder.embed(bare),
-        embedder=embedder.digest,
+        bare=vectors if bare == messages else embedder.embed_queries(bare),
+        embedder=embedder.query_digest,
     )

@@ -1,0 +1,155 @@
+"""A reader: question and passage read together, by the embedder's own network taught which passage answers.
+
+An embedder sees the two apart, so it cannot tell a passage that answers from one about the same matter; what reads both
+at once can (Nogueira & Cho 2019, arXiv 1901.04085). This one begins as the embedder and learns from a corpus's own
+questions. Beside how likely the passage answers it points at the words that do (Devlin et al. 2019, arXiv 1810.04805,
+4.2), and nowhere in a passage without an answer (Rajpurkar et al. 2018, arXiv 1806.03822).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hybrid.errors import DataError
+from hybrid.knowledge.bert import precision
+from hybrid.knowledge.embed import Embedder, hidden_states, one_thread, open_model, padded
+from hybrid.knowledge.ranking import Floats
+from hybrid.rooms import write_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FILE = "reader.safetensors"
+#: tokens of a question and a passage that are read; a longer passage is cut
+PAIR_TOKENS = 224
+#: tokens of an answer, at most
+LONGEST = 16
+#: what a reader says of a pair: the log-odds that the passage answers, and those of its best words over none
+SAYS = ("answers", "points")
+#: the tensors that no embedder has
+HEADS = ("answers.weight", "answers.bias", "points.weight", "points.bias")
+#: how the network's own tensors are called
+NETWORK = "network."
+_AGAIN = "Run `hybrid corpora tune --reader` again."
+
+
+class Reader:
+    """Reads pairs with `tensors` in the place of the embedder's own. Loads when it is first asked; safe to call from
+    many threads."""
+
+    def __init__(self, embedder: Embedder, tensors: Mapping[str, Tensor]) -> None:
+        self._embedder = embedder
+        self._tensors = tensors
+        self._loading = threading.Lock()
+        self._loaded: _Network | None = None
+
+    def read(self, question: str, passages: Sequence[str]) -> Floats:
+        """float64 [n, 2]: the columns of `SAYS` for each passage."""
+        if not passages:
+            return np.empty((0, len(SAYS)))
+        import torch
+
+        network = self._network
+        encodings = pair_tokenizer(network.tokenizer).encode_batch([(question, text) for text in passages])
+        with torch.inference_mode(), one_thread(network.threads):
+            ids, mask = padded([e.ids for e in encodings], network.pad, PAIR_TOKENS)
+            hidden = network.hidden(ids, mask)
+            answers, begins, ends = said(hidden, mask, self._heads)
+        return np.array(
+            [
+                [float(answers[n]), _pointed(begins[n].numpy(), ends[n].numpy(), passage_tokens(encoding))]
+                for n, encoding in enumerate(encodings)
+            ]
+        )
+
+    @cached_property
+    def _heads(self) -> dict[str, Tensor]:
+        return {name: self._tensors[name].float() for name in HEADS}
+
+    @property
+    def _network(self) -> _Network:
+        if self._loaded is None:
+            with self._loading:
+                if self._loaded is None:
+                    self._loaded = _Network(self._embedder.path, self._tensors)
+        return self._loaded
+
+    def save(self, file: Path) -> str:
+        """Writes it in one step; returns the SHA-256 of the file."""
+        from safetensors.torch import save
+
+        data = save(dict(self._tensors), metadata={"embedder": self._embedder.digest})
+        write_bytes(file, data)
+        return hashlib.sha256(data).hexdigest()
+
+    @classmethod
+    def load(cls, file: Path, embedder: Embedder) -> Reader:
+        """The reader that `save` wrote. Raises DataError for a damaged one, and one taught from another embedder."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, framework="pt") as opened:
+                taught_from = (opened.metadata() or {}).get("embedder")
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  no iterator of its own
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{file} cannot be read: {error}. {_AGAIN}") from error
+        if taught_from != embedder.digest:
+            raise DataError(f"{file} was taught from another embedder. {_AGAIN}")
+        if missing := [name for name in HEADS if name not in tensors]:
+            raise DataError(f"{file} holds no {', '.join(missing)}. {_AGAIN}")
+        return cls(embedder, tensors)
+
+
+class _Network:
+    """The embedder's network with other weights, ready to compute."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        import torch
+
+        self.threads = torch.get_num_threads()
+        model = open_model(path)
+        own = {name.removeprefix(NETWORK): value for name, value in tensors.items() if name.startswith(NETWORK)}
+        model[0].auto_model.load_state_dict(own, strict=False)
+        self.hidden = hidden_states(model[0], precision())
+        self.pad: int = model.tokenizer.pad_token_id or 0
+        self.tokenizer: str = model.tokenizer.backend_tokenizer.to_str()
+
+
+def pair_tokenizer(description: str) -> Any:
+    """The tokenizer of pairs, from its description: a long passage is cut, a question never."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(description)
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(PAIR_TOKENS, strategy="only_second")
+    return tokenizer
+
+
+def said(hidden: Tensor, mask: Tensor, heads: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-odds that each passage answers [n], of each token to begin the answer and to end it [n, length]), from the
+    last hidden states [n, length, width] of pairs; padding is -inf nearly."""
+    there = mask[..., None].float()
+    mean = (hidden * there).sum(1) / there.sum(1)
+    points = (hidden @ heads["points.weight"].T + heads["points.bias"]).masked_fill(there == 0, -1e4)
+    return mean @ heads["answers.weight"] + heads["answers.bias"], points[..., 0], points[..., 1]
+
+
+def passage_tokens(encoding: Any) -> list[int]:
+    """The places of a pair's tokens that are the passage's."""
+    return [place for place, of in enumerate(encoding.sequence_ids) if of == 1]
+
+
+def _pointed(begins: Floats, ends: Floats, places: Sequence[int]) -> float:
+    """The best words' log-odds over none, which is the first marker's."""
+    if not places:
+        return 0.0
+    both = np.add.outer(begins[places], ends[places])
+    allowed = np.tril(np.triu(np.ones(both.shape, bool)), LONGEST - 1)
+    return float(both[allowed].max() - begins[0] - ends[0])
