@@ -255,7 +255,7 @@ class Corpus:
         if self._tuned[0] != state:
             tuned, reader = Tuned.load(self._folder), None
             try:
-                reader = Reader.load(self._folder / READER, self._embedder) if tuned.reader else None
+                reader = Reader.open(self._folder / READER, self._embedder) if tuned.reader else None
             except DataError as error:
                 log.warning("%s What was learned with it is not used.", error.message)
                 tuned = Tuned()

@@ -73,12 +73,17 @@ class Reader:
     def _heads(self) -> dict[str, Tensor]:
         return {name: self._tensors[name].float() for name in HEADS}
 
-    @property
-    def _network(self) -> _Network:
+    def load(self) -> None:
+        """Makes the network now, so that no question waits for it."""
         if self._loaded is None:
             with self._loading:
                 if self._loaded is None:
                     self._loaded = _Network(self._embedder.path, self._tensors)
+
+    @property
+    def _network(self) -> _Network:
+        self.load()
+        assert self._loaded is not None  # noqa: S101  load made it
         return self._loaded
 
     def save(self, file: Path) -> str:
@@ -90,7 +95,7 @@ class Reader:
         return hashlib.sha256(data).hexdigest()
 
     @classmethod
-    def load(cls, file: Path, embedder: Embedder) -> Reader:
+    def open(cls, file: Path, embedder: Embedder) -> Reader:
         """The reader that `save` wrote. Raises DataError for a damaged one, and one taught from another embedder."""
         from safetensors import SafetensorError, safe_open
 

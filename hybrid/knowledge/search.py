@@ -241,6 +241,8 @@ class Library:
             try:
                 self._corpus(name).snapshot()
                 self._corpus(name).settle()
+                if (reader := self._corpus(name).reader()) is not None:
+                    reader.load()
             except HybridError as error:
                 log.debug("%s cannot be searched: %s", name, error.message)
 

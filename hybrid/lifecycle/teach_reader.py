@@ -111,7 +111,7 @@ def teach(embedder: Embedder, taught: Sequence[Group], cache: Path, progress: Pr
         reader = Reader(embedder, _Lesson(embedder).teach(taught, lambda *at: progress("teaching the reader", *at)))
         file.parent.mkdir(parents=True, exist_ok=True)
         reader.save(file)
-    return Reader.load(file, embedder)
+    return Reader.open(file, embedder)
 
 
 def _key(embedder: Embedder, taught: Sequence[Group]) -> str:
