@@ -6,6 +6,7 @@ one corpus twice: as it is, and after the passages that answer them, and all tha
 
 from __future__ import annotations
 
+import asyncio
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -52,8 +53,7 @@ async def measure(
 ) -> Result:
     """How often `limit` test questions are refused, with and without their passages; with a `reader` that the training
     questions teach. Raises DataError, Refused."""
-    # in the main thread: glibc gives others an arena that returns every large block, and teaching takes twice as long
-    return _measure(settings, folder, embedding, limit, reader, progress)
+    return await asyncio.to_thread(_measure, settings, folder, embedding, limit, reader, progress)
 
 
 def _measure(

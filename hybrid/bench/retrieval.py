@@ -6,6 +6,7 @@ where the other half is. The corpus is the task's own or a copy of one of this h
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -86,8 +87,7 @@ async def measure(
 ) -> Result:
     """Recall, nDCG and latency of each stage on `limit` questions; the closer look with a `reader` that the training
     questions teach. Raises DataError, Refused, NotFound."""
-    # in the main thread: glibc gives others an arena that returns every large block, and teaching takes twice as long
-    return _measure(settings, folder, embedding, split, limit, corpus, reader, progress)
+    return await asyncio.to_thread(_measure, settings, folder, embedding, split, limit, corpus, reader, progress)
 
 
 def _measure(

@@ -142,8 +142,7 @@ class _Lesson:
         """The tensors of the reader; the same groups give the same ones on the same machine."""
         import torch
 
-        torch.manual_seed(0)
-        self._network.train()
+        # the network stays in eval mode: with dropout attention has no fused kernel, and a step took twice as long
         # the words keep their places: what was taught of few of them would tear them from the rest
         self._network.embeddings.requires_grad_(requires_grad=False)
         layers = [(name, p) for name, p in self._network.named_parameters() if p.requires_grad]
