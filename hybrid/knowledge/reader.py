@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from hybrid.errors import DataError
 from hybrid.knowledge.bert import precision
-from hybrid.knowledge.embed import Embedder, hidden_states, one_thread, open_model, padded
+from hybrid.knowledge.embed import CORES, Embedder, hidden_states, one_thread, open_model, padded
 from hybrid.knowledge.ranking import Floats
 from hybrid.rooms import write_bytes
 
@@ -54,24 +54,30 @@ class Reader:
         """float64 [n, 2]: the columns of `SAYS` for each passage."""
         if not passages:
             return np.empty((0, len(SAYS)))
+        network = self._network
+        encodings = network.tokenizer.encode_batch([(question, text) for text in passages])
+        # a core each, the long ones apart from the short ones: little is padded
+        order = sorted(range(len(encodings)), key=lambda n: len(encodings[n].ids))
+        parts = [part for part in np.array_split(order, CORES) if len(part)]
+        out = np.empty((len(passages), len(SAYS)))
+        for part, rows in zip(
+            parts, network.pool.map(lambda p: self._read([encodings[n] for n in p]), parts), strict=True
+        ):
+            out[part] = rows
+        return out
+
+    def _read(self, encodings: Sequence[Any]) -> list[list[float]]:
+        """The rows of some pairs, read by one core."""
         import torch
 
         network = self._network
-        encodings = pair_tokenizer(network.tokenizer).encode_batch([(question, text) for text in passages])
         with torch.inference_mode(), one_thread(network.threads):
             ids, mask = padded([e.ids for e in encodings], network.pad, PAIR_TOKENS)
-            hidden = network.hidden(ids, mask)
-            answers, begins, ends = said(hidden, mask, self._heads)
-        return np.array(
-            [
-                [float(answers[n]), _pointed(begins[n].numpy(), ends[n].numpy(), passage_tokens(encoding))]
-                for n, encoding in enumerate(encodings)
-            ]
-        )
-
-    @cached_property
-    def _heads(self) -> dict[str, Tensor]:
-        return {name: self._tensors[name].float() for name in HEADS}
+            answers, begins, ends = said(network.hidden(ids, mask), mask, network.heads)
+        return [
+            [float(answers[n]), _pointed(begins[n].numpy(), ends[n].numpy(), passage_tokens(encoding))]
+            for n, encoding in enumerate(encodings)
+        ]
 
     def load(self) -> None:
         """Makes the network now, so that no question waits for it."""
@@ -123,8 +129,10 @@ class _Network:
         own = {name.removeprefix(NETWORK): value for name, value in tensors.items() if name.startswith(NETWORK)}
         model[0].auto_model.load_state_dict(own, strict=False)
         self.hidden = hidden_states(model[0], precision())
+        self.heads = {name: tensors[name].float() for name in HEADS}
         self.pad: int = model.tokenizer.pad_token_id or 0
-        self.tokenizer: str = model.tokenizer.backend_tokenizer.to_str()
+        self.tokenizer = pair_tokenizer(model.tokenizer.backend_tokenizer.to_str())
+        self.pool = ThreadPoolExecutor(CORES, "reader")
 
 
 def pair_tokenizer(description: str) -> Any:

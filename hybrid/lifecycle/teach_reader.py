@@ -144,7 +144,8 @@ class _Lesson:
 
         # the network stays in eval mode: with dropout attention has no fused kernel, and a step took twice as long
         # the words keep their places: what was taught of few of them would tear them from the rest
-        self._network.embeddings.requires_grad_(requires_grad=False)
+        words = getattr(self._network, "embeddings", None) or self._network.get_input_embeddings()
+        words.requires_grad_(requires_grad=False)
         layers = [(name, p) for name, p in self._network.named_parameters() if p.requires_grad]
         batches = list(self._batches(taught))
         optimizer = torch.optim.AdamW(
