@@ -9,9 +9,11 @@ questions. Beside how likely the passage answers it points at the words that do 
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ import numpy as np
 from hybrid.errors import DataError
 from hybrid.knowledge.bert import precision
 from hybrid.knowledge.embed import CORES, Embedder, hidden_states, one_thread, open_model, padded
+from hybrid.knowledge.logistic import Logistic
 from hybrid.knowledge.ranking import Floats
 from hybrid.rooms import write_bytes
 
@@ -42,11 +45,12 @@ _AGAIN = "Run `hybrid corpora tune --reader` again."
 
 class Reader:
     """Reads pairs with `tensors` in the place of the embedder's own. Loads when it is first asked; safe to call from
-    many threads."""
+    many threads. `first` tells by what question and passage share which candidates are worth reading."""
 
-    def __init__(self, embedder: Embedder, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, embedder: Embedder, tensors: Mapping[str, Tensor], first: Logistic) -> None:
         self._embedder = embedder
         self._tensors = tensors
+        self.first = first
         self._loading = threading.Lock()
         self._loaded: _Network | None = None
 
@@ -96,7 +100,8 @@ class Reader:
         """Writes it in one step; returns the SHA-256 of the file."""
         from safetensors.torch import save
 
-        data = save(dict(self._tensors), metadata={"embedder": self._embedder.digest})
+        metadata = {"embedder": self._embedder.digest, "first": json.dumps(asdict(self.first))}
+        data = save(dict(self._tensors), metadata=metadata)
         write_bytes(file, data)
         return hashlib.sha256(data).hexdigest()
 
@@ -107,15 +112,16 @@ class Reader:
 
         try:
             with safe_open(file, framework="pt") as opened:
-                taught_from = (opened.metadata() or {}).get("embedder")
+                told = opened.metadata() or {}
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  no iterator of its own
-        except (OSError, SafetensorError) as error:
+            first = Logistic.read(json.loads(told["first"]))
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{file} cannot be read: {error}. {_AGAIN}") from error
-        if taught_from != embedder.digest:
+        if told.get("embedder") != embedder.digest:
             raise DataError(f"{file} was taught from another embedder. {_AGAIN}")
         if missing := [name for name in HEADS if name not in tensors]:
             raise DataError(f"{file} holds no {', '.join(missing)}. {_AGAIN}")
-        return cls(embedder, tensors)
+        return cls(embedder, tensors, first)
 
 
 class _Network:

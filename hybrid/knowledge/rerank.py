@@ -29,7 +29,7 @@ COLUMNS = (
 )  # fmt: skip
 #: more columns where a reader reads: what it says, and how far that is below the best
 READ_COLUMNS = (*SAYS, *(f"{name}_gap" for name in SAYS))
-#: so many of the fused list are read
+#: so many of the fused list are read, those first of which a reader's own first look thinks most
 READ = 8
 
 
@@ -110,10 +110,19 @@ class Shortlist:
     read: dict[int, Floats] = field(default_factory=dict)
 
     @cached_property
+    def looked(self) -> list[Hit]:
+        """The candidates as they are looked at more closely: with a reader those first that it is to read."""
+        first = self.hits[:CLOSER]
+        if self.reader is None or not first:
+            return self.hits
+        order = np.argsort(-self.reader.first.logits(features(self.question, self.rarity, first)), kind="stable")
+        return [*(first[n] for n in order), *self.hits[CLOSER:]]
+
+    @cached_property
     def rows(self) -> Floats:
-        """float64 [m, 12]: the `features` of the first `CLOSER`, worked out once however many ask; with a reader
-        [m, 16], of the first `READ`."""
-        first = self.hits[: CLOSER if self.reader is None else READ]
+        """float64 [m, 12]: the `features` of the first `CLOSER` of `looked`, worked out once however many ask; with a
+        reader [m, 16], of the first `READ`."""
+        first = self.looked[: CLOSER if self.reader is None else READ]
         wide = len(COLUMNS) + len(READ_COLUMNS) * (self.reader is not None)
         if not first:
             return np.empty((0, wide))

@@ -63,7 +63,7 @@ class Stages:
         if self._cross is not None:
             return reranked(first.hits, self._cross.scores(text, first.hits[:CLOSER]))
         if self._settings.rerank and len(corpora) == 1 and (reranker := corpora[0].tuned().reranker):
-            return reranked(first.hits, reranker.scores(first.rows))
+            return reranked(first.looked, reranker.scores(first.rows))
         return first.hits
 
     def _spread(self, corpora: Sequence[Corpus], hits: Sequence[Hit], k: int) -> list[Hit]:

@@ -71,11 +71,12 @@ class Lesson:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Look:
-    """What a question's search finds, fused and best first, and the rows [m, 12 or 16] of the first of it, as a
-    `Shortlist` has them."""
+    """What a question's search finds, fused and best first; and as a `Shortlist` looks at it more closely, with the
+    rows [m, 12 or 16] of the first of that."""
 
     lesson: Lesson
     hits: Sequence[Hit]
+    looked: Sequence[Hit]
     rows: Floats
 
     @classmethod
@@ -83,12 +84,12 @@ class Look:
         """With the passages that answer, or as a corpus that lacks them would have it."""
         hits = [hit for hit in lesson.hits if answerable or not (lesson.right(hit) or lesson.says(hit))]
         found = Shortlist(lesson.text, lesson.rarity, convex(hits, weight), weight, reader, lesson.read)
-        return cls(lesson, found.hits, found.rows)
+        return cls(lesson, found.hits, found.looked, found.rows)
 
 
 def closer(looks: Sequence[Look]) -> Reranker | None:
     """Which of the first candidates answers, learned from these questions; None where all of them do, or none."""
-    right = [look.lesson.right(hit) for look in looks for hit in look.hits[: len(look.rows)]]
+    right = [look.lesson.right(hit) for look in looks for hit in look.looked[: len(look.rows)]]
     return Reranker.fit(np.concatenate([look.rows for look in looks]), right) if right else None
 
 

@@ -12,20 +12,24 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from hybrid.errors import DataError
 from hybrid.evaluation.metrics import Example
 from hybrid.evaluation.tasks import Task, read_split, read_task
 from hybrid.knowledge.bert import precision
 from hybrid.knowledge.embed import Embedder, open_model, padded
-from hybrid.knowledge.ranking import WEIGHT, convex
+from hybrid.knowledge.logistic import Logistic
+from hybrid.knowledge.ranking import CLOSER, WEIGHT, Floats, convex
 from hybrid.knowledge.reader import HEADS, NETWORK, PAIR_TOKENS, Reader, pair_tokenizer, passage_tokens, said
-from hybrid.knowledge.rerank import told
+from hybrid.knowledge.rerank import features, told
 from hybrid.knowledge.search import Library
 from hybrid.lifecycle.lessons import Lesson, gold, question
+from hybrid.rooms import write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,14 +52,17 @@ POINTS = 0.5
 _LOT = 20 * AT_ONCE
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Group:
-    """A question, the passage that answers it, others that do not, and the right answers."""
+    """A question, the passage that answers it, others that do not, and the right answers; of the first that were found,
+    the `rerank.features` [m, 12] and whether each is right [m]."""
 
     question: str
     right: str
     others: tuple[str, ...]
     answers: tuple[str, ...]
+    rows: Floats
+    marks: tuple[bool, ...]
 
 
 def reader_for(library: Library, name: str, folder: Path, cache: Path, progress: Progress) -> Reader:
@@ -89,14 +96,17 @@ def groups(library: Library, name: str, task: Task, examples: Sequence[Example],
     found: list[Group] = []
     for done, example in enumerate(drawn, 1):
         text = question(task, example)
-        hits = convex(library.candidates(name, text).hits, WEIGHT)
-        lesson = Lesson(text, hits, {}, gold(example), example.references)
+        candidates = library.candidates(name, text)
+        hits = convex(candidates.hits, WEIGHT)
+        lesson = Lesson(text, hits, candidates.rarity, gold(example), example.references)
         right = next((told(hit) for hit in hits if lesson.right(hit)), None)
         others = tuple(told(h) for h in hits[:AMONG] if not lesson.right(h) and not lesson.says(h))
         if right and len(others) >= OTHERS:
-            found.append(Group(text, right, others, lesson.answers))
+            rows = features(text, lesson.rarity, hits[:CLOSER])
+            marks = tuple(lesson.right(hit) for hit in hits[:CLOSER])
+            found.append(Group(text, right, others, lesson.answers, rows, marks))
         progress("questions for the reader", done, len(drawn))
-    if len(found) < LEAST:
+    if len(found) < LEAST or not any(mark for group in found for mark in group.marks):
         raise DataError(
             f"{len(found)} training questions of {task.folder} name passages that the search of {name} finds; "
             f"a reader needs {LEAST} at least. Tune without `--reader`."
@@ -106,12 +116,16 @@ def groups(library: Library, name: str, task: Task, examples: Sequence[Example],
 
 def teach(embedder: Embedder, taught: Sequence[Group], cache: Path, progress: Progress) -> Reader:
     """The reader that these groups teach, from `cache` where the same ones taught one before. Takes minutes."""
+    from safetensors.torch import load_file, save
+
     file = cache / "readers" / f"{_key(embedder, taught)}.safetensors"
     if not file.is_file():
-        reader = Reader(embedder, _Lesson(embedder).teach(taught, lambda *at: progress("teaching the reader", *at)))
+        tensors = _Lesson(embedder).teach(taught, lambda *at: progress("teaching the reader", *at))
         file.parent.mkdir(parents=True, exist_ok=True)
-        reader.save(file)
-    return Reader.open(file, embedder)
+        write_bytes(file, save(tensors))
+    first = Logistic.fit(np.concatenate([g.rows for g in taught]), [mark for g in taught for mark in g.marks])
+    assert first is not None  # noqa: S101  `groups` found right ones and others
+    return Reader(embedder, load_file(file), first)
 
 
 def _key(embedder: Embedder, taught: Sequence[Group]) -> str:
@@ -175,7 +189,7 @@ class _Lesson:
             lots = [sorted(order[at : at + _LOT], key=lambda g: len(g.right)) for at in range(0, len(order), _LOT)]
             batches = [lot[at : at + AT_ONCE] for lot in lots for at in range(0, len(lot), AT_ONCE)]
             for batch in dice.sample(batches, len(batches)):
-                yield [Group(g.question, g.right, tuple(dice.sample(g.others, OTHERS)), g.answers) for g in batch]
+                yield [replace(g, others=tuple(dice.sample(g.others, OTHERS))) for g in batch]
 
     def _loss(self, batch: Sequence[Group]) -> Tensor:
         import torch

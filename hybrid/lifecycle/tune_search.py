@@ -92,5 +92,5 @@ def _unseen(looks: Sequence[Look]) -> float | None:
         model = closer([looks[i] for i in taught])
         if model is None:
             return None
-        worth += [looks[i].lesson.worth(reranked(looks[i].hits, model.scores(looks[i].rows))) for i in seen]
+        worth += [looks[i].lesson.worth(reranked(looks[i].looked, model.scores(looks[i].rows))) for i in seen]
     return fmean(worth)
