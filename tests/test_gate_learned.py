@@ -19,7 +19,7 @@ from hybrid.cli import main
 from hybrid.errors import Conflict, DataError, NotFound, Refused
 from hybrid.gate.choose import choose, fit
 from hybrid.gate.learned import KINDS, Learned
-from hybrid.gate.outcomes import Lessons, Seen, read_outcomes
+from hybrid.gate.outcomes import Lessons, Seen, joined, read_outcomes
 from hybrid.gate.published import (
     learned_versions,
     live_version,
@@ -425,6 +425,11 @@ def test_a_new_gate_replaces_the_live_one_unless_it_is_measured_worse(tmp_path: 
     assert "less than the live gate on 400 shared outcomes" in worse(bad, good, table, vectors)
     assert worse(good, bad, table, vectors) == ""
     assert worse(good, good, table, vectors) == ""
+    # a few outcomes may look well by chance, and say too little against a gate that many taught
+    few = table.rows(np.arange(16))
+    hasty = fit("knn", few, vectors[:16])
+    assert "16 shared outcomes are too few" in worse(hasty, good, few, vectors[:16])
+    assert worse(good, hasty, table, vectors) == ""
     home = Home(tmp_path)
 
     def shown(texts: Iterable[str]) -> np.ndarray:
@@ -513,3 +518,24 @@ def test_a_gate_is_not_taught_with_a_test_split_and_is_judged_on_one(tmp_path: P
     assert found["auto"] > found["best_single"]["score"]
     shutil.rmtree(tmp_path / "adapters/gate/1")
     assert hybrid("gate", "eval", "--on", test)[0] == 1
+
+
+def test_what_was_measured_elsewhere_stays_beside_what_is_new(tmp_path: Path) -> None:
+    def source(name: str, asked: range, arm: str) -> Path:
+        rows = [
+            {"id": f"{n}", "input": f"question {n}", "model": one, "score": float(one == arm)}
+            for n in asked
+            for one in ("prompt", arm)
+        ]
+        file = tmp_path / name
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return file
+
+    new = read_outcomes([source("new.jsonl", range(8), "adapter:a")], teach=True)
+    old = read_outcomes([source("old.jsonl", range(4, 20), "rag:b")], teach=True)
+    both = joined(new, old)
+    assert len(both) == 20
+    assert set(both.arms) == {"prompt", "adapter:a", "rag:b"}
+    measured = dict(zip(both.queries, np.isfinite(both.score[:, both.arms.index("rag:b")]), strict=True))
+    # a query that both hold is told by the newer outcomes alone
+    assert [measured[f"question {n}"] for n in (0, 5, 9)] == [False, False, True]

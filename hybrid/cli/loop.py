@@ -89,7 +89,7 @@ def replay(
     version = serving_version(gate)
     settings = Settings.load()
     embedder = open_embedder(settings)
-    load_learned(settings.rooms, GATE, version, embedder.digest)  # refused here, where a server would do without
+    load_learned(settings.rooms, GATE, version, embedder.query_digest)  # refused here, where a server would do without
     with open_desk(settings, embedder) as desk:
         found = desk.replay(desk.gate(version), ids or (), time.time() - since * 3600)
     if json_:

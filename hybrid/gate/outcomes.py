@@ -125,9 +125,10 @@ def read_outcomes(paths: Sequence[Path], *, teach: bool) -> Table:
 
 
 def joined(first: Lessons, second: Lessons) -> Lessons:
-    """The rows of both, with all their arms; of a group that both hold, those of the first alone."""
-    held = set(first.groups)
-    second = second.rows(np.flatnonzero([group not in held for group in second.groups]))
+    """The rows of both, with all their arms; of a query of a group that both hold, the row of the first alone."""
+    held = set(zip(first.groups, first.queries, strict=True))
+    asked = zip(second.groups, second.queries, strict=True)
+    second = second.rows(np.flatnonzero([row not in held for row in asked]))
     arms = tuple(dict.fromkeys((*first.arms, *second.arms)))
 
     def wide(table: Lessons, cells: Numbers) -> Numbers:

@@ -23,6 +23,8 @@ from hybrid.types import JSON
 
 #: standard errors that a 95 % interval reaches
 _SURE = 1.96
+#: outcomes that two gates share, by which they can be compared
+_COMPARED = 20
 _UNKNOWN = -1.0
 
 
@@ -76,9 +78,15 @@ def worse(new: Learned, live: Learned, table: Table, vectors: np.ndarray) -> str
 
     `table` is what the new gate was taught with. The arms that it took for held-out rows are compared with those that
     the live one took, also held out where it knows a row; the 95 % interval of the difference must lie below zero.
+    Where hardly a row compares them, the gate that was taught by more rows stays.
     """
     mine, theirs = new.held_out.astype(np.intp), _taken(live, table, vectors)
     rows = np.flatnonzero(theirs >= 0)
+    if len(rows) < _COMPARED and len(table) < len(live.taught):
+        return (
+            f"it was taught by {len(table)} queries, the live gate by {len(live.taught)}, "
+            f"and {len(rows)} shared outcomes are too few to compare the two"
+        )
     if len(rows) < 2:
         return ""
     gap, error = ahead_by(table.score[rows, mine[rows]], table.score[rows, theirs[rows]])
