@@ -95,7 +95,7 @@ class HotLoader:
             name = version.ref.engine_name
             if version.state in ("retired", "rejected") and name in loaded and not self._in_use(name):
                 await self._engine.unload(name)
-            elif self._is_pending(version.id) and self._is_due(version.id):
+            elif version.state in PENDING and self._is_pending(version.id) and self._is_due(version.id):
                 self._start(version.id, self._admit(version))
         for ref in self._store.desired(self._max_loaded):
             if ref.engine_name not in loaded and self._is_due(ref.id):

@@ -69,8 +69,7 @@ def _measure(
         embedder = Embedder(embedding.path, embedding.name)
         with closing(Library(home, embedder, settings.retrieval)) as library:
             _ingest(library, documents, rows, progress)
-            told = progress or (lambda _step, _done, _total: None)
-            reads = reader_for(library, NAME, folder, settings.cache, told) if reader else None
+            reads = reader_for(library, NAME, folder, settings.cache, progress) if reader else None
             learned = learn(library, NAME, task, dev, progress, reader=reads)
             if learned.answerable is None:
                 raise DataError(f"The dev questions of {folder} do not tell when an answer is missing.")

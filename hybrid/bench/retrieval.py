@@ -111,8 +111,7 @@ def _measure(
                 library.ingest(CORPUS, folder, progress)
             else:
                 _copy(settings, embedder, corpus, library, Path(scratch) / "copy")
-            told_of = progress or (lambda _step, _done, _total: None)
-            reads = reader_for(library, CORPUS, folder, settings.cache, told_of) if reader else None
+            reads = reader_for(library, CORPUS, folder, settings.cache, progress) if reader else None
             learned = learn(library, CORPUS, task, taught, progress, reader=reads)
             passages = library.corpus(CORPUS).passages
             library.tune(CORPUS, learned, reads)

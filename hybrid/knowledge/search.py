@@ -239,9 +239,10 @@ class Library:
             self._engine.probe()
         for name in self.names():
             try:
-                self._corpus(name).snapshot()
-                self._corpus(name).settle()
-                if (reader := self._corpus(name).reader()) is not None:
+                corpus = self._corpus(name)
+                corpus.snapshot()
+                corpus.settle()
+                if (reader := corpus.reader()) is not None:
                     reader.load()
             except HybridError as error:
                 log.debug("%s cannot be searched: %s", name, error.message)

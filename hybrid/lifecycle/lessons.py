@@ -10,7 +10,7 @@ import numpy as np
 
 from hybrid.evaluation.metrics import Example
 from hybrid.evaluation.retrieval import ndcg
-from hybrid.evaluation.tasks import Task
+from hybrid.evaluation.tasks import Task, read_split
 from hybrid.knowledge.ranking import Floats, Hit, convex
 from hybrid.knowledge.reader import Reader
 from hybrid.knowledge.rerank import Reranker, Shortlist
@@ -31,6 +31,12 @@ def question(task: Task, example: Example) -> str:
 def gold(example: Example) -> tuple[str, ...]:
     """The passages that answer."""
     return tuple(str(name) for name in example.meta.get("gold_passages") or ())
+
+
+def tested_questions(task: Task) -> set[str]:
+    """What the test split asks, where there is one: nothing learns from that."""
+    there = (task.folder / "test.jsonl").is_file()
+    return {example.input for example in read_split(task, "test").examples} if there else set()
 
 
 def says(answers: Sequence[str], text: str) -> bool:

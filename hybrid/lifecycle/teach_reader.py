@@ -28,7 +28,7 @@ from hybrid.knowledge.ranking import CLOSER, WEIGHT, Floats, convex
 from hybrid.knowledge.reader import HEADS, NETWORK, PAIR_TOKENS, Reader, pair_tokenizer, passage_tokens, said
 from hybrid.knowledge.rerank import features, told
 from hybrid.knowledge.search import Library
-from hybrid.lifecycle.lessons import Lesson, gold, question
+from hybrid.lifecycle.lessons import Lesson, gold, question, tested_questions
 from hybrid.rooms import write_bytes
 
 if TYPE_CHECKING:
@@ -65,14 +65,14 @@ class Group:
     marks: tuple[bool, ...]
 
 
-def reader_for(library: Library, name: str, folder: Path, cache: Path, progress: Progress) -> Reader:
+def reader_for(library: Library, name: str, folder: Path, cache: Path, progress: Progress | None) -> Reader:
     """The reader that a task's training questions teach for a corpus; those of dev and test never do.
 
     Raises DataError for too few questions, NotFound.
     """
-    return teach(
-        library.embedder, groups(library, name, read_task(folder), train_examples(folder), progress), cache, progress
-    )
+    told_of = progress or (lambda _step, _done, _total: None)
+    taught = groups(library, name, read_task(folder), train_examples(folder), told_of)
+    return teach(library.embedder, taught, cache, told_of)
 
 
 def train_examples(folder: Path) -> list[Example]:
@@ -81,11 +81,9 @@ def train_examples(folder: Path) -> list[Example]:
     Raises DataError where it has none.
     """
     task = read_task(folder)
-    held_out: set[str] = set()
+    held_out = tested_questions(task)
     if (folder / "dev.jsonl").is_file():
         held_out |= {example.input for example in read_split(task, "dev").examples}
-    if (folder / "test.jsonl").is_file():
-        held_out |= {example.input for example in read_split(task, "test").examples}
     return [e for e in read_split(task, "train").examples if gold(e) and e.input not in held_out]
 
 

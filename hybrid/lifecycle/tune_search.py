@@ -18,7 +18,7 @@ from hybrid.knowledge.ranking import WEIGHT, convex, reranked
 from hybrid.knowledge.reader import Reader
 from hybrid.knowledge.search import Library
 from hybrid.knowledge.tuned import Tuned
-from hybrid.lifecycle.lessons import Lesson, Look, closer, folds, gold, question
+from hybrid.lifecycle.lessons import Lesson, Look, closer, folds, gold, question, tested_questions
 from hybrid.lifecycle.tune_refusal import Pair, learn_refusal
 
 Progress = Callable[[str, int, int], None]
@@ -33,7 +33,7 @@ def dev_examples(folder: Path) -> tuple[Task, list[Example]]:
     if folder.is_file():
         raise Refused(f"{folder} is a file; name the task's folder. Its dev.jsonl teaches, a test split never does.")
     task = read_task(folder)
-    test = {e.input for e in read_split(task, "test").examples} if (folder / "test.jsonl").is_file() else set()
+    test = tested_questions(task)
     found = [e for e in read_split(task, "dev").examples if gold(e) and e.input not in test]
     if len(found) < LEAST:
         raise DataError(
