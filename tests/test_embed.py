@@ -159,6 +159,11 @@ def test_other_models_are_computed_too(
     assert other.digest != embedder.digest
 
 
+def test_attention_beyond_what_a_power_may_be_stays_near_the_reference(embedder: Embedder, tmp_path: Path) -> None:
+    path = make_embedder(tmp_path / "model", embedder.path, "Bert", {"initializer_range": 0.5}, "mean")
+    assert cosines(Embedder(path, "loud").embed(TEXTS), reference(path, TEXTS)).min() > 0.998
+
+
 def make_embedder(folder: Path, tokenizer: Path, kind: str, changes: dict[str, object], pooling: str) -> Path:
     import torch
     import transformers

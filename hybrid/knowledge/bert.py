@@ -3,6 +3,8 @@
 A short query spends more time around the products of a framework's BERT than in them. Here a layer is its arithmetic
 and no more. Its weights lie in the order in which the processor's kernels read them, packed once and not at every
 product, and attention is written out: torch's fused kernel is half as fast with heads as narrow as a small embedder's.
+Of a softmax only its powers are computed, in `dtype`: their sum comes out of the product that weighs the values, as
+one value more, so that the scores of a batch are gone through twice and never copied.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 #: padded lengths are multiples: a kernel is made for each shape, which takes longer than a query
 MULTIPLE = 8
+#: attention's scores are cut at so many powers of two: a sum of them is still a finite number
+_MOST = 115.0
 
 Step = Callable[["Tensor"], "Tensor"]
 
@@ -35,7 +39,7 @@ class _Layer:
 
 
 class Bert:
-    """The encoder of a transformers `BertModel`, computing in `dtype`; embeddings, norms and softmax in float32."""
+    """The encoder of a transformers `BertModel`, computing in `dtype`; embeddings and norms in float32."""
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
         state = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
@@ -70,24 +74,33 @@ class Bert:
         n, length = ids.shape
         x = self._normed(torch.nn.functional.embedding(ids, self._words) + self._places[:length])
         x = x.to(self._dtype).view(n * length, -1)
-        # what is padded gets no attention
-        hidden = (1 - mask).float().mul_(torch.finfo(torch.float32).min)[:, None, None, :]
+        read = mask.to(self._dtype).view(n, 1, length, 1)
         for layer in self._layers:
-            x = layer.normed(layer.out(self._attend(layer.qkv(x), hidden)).add_(x))
+            x = layer.normed(layer.out(self._attend(layer.qkv(x), read)).add_(x))
             x = layer.normed_again(layer.narrow(layer.wide(x)).add_(x))
         return x.view(n, length, -1).float()
 
-    def _attend(self, qkv: Tensor, hidden: Tensor) -> Tensor:
-        """Attention of all heads, [rows, width] from their queries, keys and values side by side."""
+    def _attend(self, qkv: Tensor, read: Tensor) -> Tensor:
+        """Attention of all heads, [rows, width] from their queries, keys and values side by side.
+
+        `read` [n, 1, length, 1] is 1 for a token and 0 for padding, which gets no weight and adds nothing to their sum.
+        """
         import torch
 
-        n, length = len(hidden), hidden.shape[-1]
-        parts = qkv.view(n, length, 3, self._heads, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = parts.reshape(3, n * self._heads, length, -1)
-        scores = torch.bmm(q, k.transpose(1, 2)).view(n, self._heads, length, length).float()
-        weights = torch.softmax(scores.add_(hidden), -1).to(qkv.dtype)
-        mixed = torch.bmm(weights.view(-1, length, length), v).view(n, self._heads, length, -1)
-        return mixed.transpose(1, 2).reshape(n * length, -1)
+        n, _, length, _ = read.shape
+        parts = qkv.view(n, length, 3, self._heads, -1)
+        # scores count from that of the first token, which changes no weight: their powers add up to one at least
+        parts[:, :, 1] -= parts[:, :1, 1].clone()
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
+        width = q.shape[-1]
+        q, k = (each.reshape(-1, length, width) for each in (q, k))
+        valued = qkv.new_empty(n, self._heads, length, width + 1)
+        torch.mul(v, read, out=valued[..., :width])
+        valued[..., width:] = read
+        powers = torch.bmm(q, k.transpose(1, 2)).clamp_(max=_MOST).exp2_()
+        mixed = torch.bmm(powers, valued.view(-1, length, width + 1)).view(valued.shape).transpose(1, 2)
+        out = qkv.new_empty(n, length, self._heads, width)
+        return torch.div(mixed[..., :width], mixed[..., width:], out=out).view(n * length, -1)
 
 
 def _layer(state: Mapping[str, Tensor], name: str, heads: int, norm: Callable[[str], Step], dtype: Any) -> _Layer:
@@ -101,9 +114,10 @@ def _layer(state: Mapping[str, Tensor], name: str, heads: int, norm: Callable[[s
 
     own = "attention.self"
     width = len(state[f"{name}.{own}.query.bias"]) // heads
+    # queries are scaled here once, not their scores every time; powers of two are cheaper than those of e
+    asked = math.log2(math.e) / math.sqrt(width)
     return _Layer(
-        # queries are scaled here once, not their scores every time
-        qkv=product(f"{own}.query", f"{own}.key", f"{own}.value", scale=(1 / math.sqrt(width), 1.0, 1.0)),
+        qkv=product(f"{own}.query", f"{own}.key", f"{own}.value", scale=(asked, 1.0, 1.0)),
         out=product("attention.output.dense"),
         normed=norm(f"{name}.attention.output.LayerNorm"),
         wide=product("intermediate.dense", gelu=True),
