@@ -86,7 +86,7 @@ async def open_gateway(
         count_tokens=token_counter(model),
         secret=_secret(home),
         enrolment=enrolment,
-        passages=settings.retrieval.shown(small=await asyncio.to_thread(is_small, model)),
+        small=await asyncio.to_thread(is_small, model),
         rater=rater,
     )
     tasks = [

@@ -68,7 +68,7 @@ class Gateway:
         count_tokens: Callable[[str], int],
         secret: bytes,
         enrolment: Enrolment,
-        passages: int,
+        small: bool,
         rater: Rater | None = None,
     ) -> None:
         self.settings = settings
@@ -102,7 +102,7 @@ class Gateway:
         self.journal = Journal(state)
         self._heads = Heads(library.embedder)
         self.count_tokens = count_tokens
-        self._passages = passages
+        self._small = small
         self._secret = secret
         self._enrolment = enrolment
         self._rater = rater
@@ -173,7 +173,8 @@ class Gateway:
             count_tokens=self.count_tokens,
             adapters={spec: version.ref.engine_name for spec, version in plan.versions.items()},
             instruction=_instruction(version) if plan.by_gate else "",
-            top_k=_trained_with(version) or self._passages,
+            top_k=_trained_with(version) or self.settings.retrieval.shown(small=self._small),
+            quotes=self.settings.retrieval.quotes(small=self._small),
             cache_salt=self._salt(request.caller),
             member=lambda asked, other: self._bind(asked, other, plan),
             head=self._head(version),

@@ -50,6 +50,11 @@ def clean(text: str) -> str:
     return _TURNS.sub(r"\g<0> ", _INVISIBLE.sub("", unicodedata.normalize("NFC", text)))
 
 
+def tame(text: str) -> str:
+    """Text from outside as it may stand in an answer: `clean`, and no picture that a browser would fetch."""
+    return re.sub(r"!(?=\[)|<(?=[a-zA-Z/!])", r"\g<0> ", clean(text))
+
+
 def passage_block(passages: Sequence[Passage]) -> str:
     """The passages as numbered data. A passage cannot close its block, for the fence is longer than any inside it, nor
     begin another: only the first `[n]` of each is ours."""

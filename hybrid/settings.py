@@ -95,6 +95,9 @@ class RetrievalSettings(_Section):
     refusal: str = Field(
         "This is not in the documents.", description="the answer where nothing found is likely to hold one; empty: none"
     )
+    quote: bool | None = Field(
+        None, description="the sentence asked for after a `rag` answer without it (default: if the base model is small)"
+    )
     chunk_tokens: int = Field(200, ge=16, description="a longer section is cut; the embedder's tokens")
     overlap_tokens: int = Field(0, ge=0, description="tokens that neighbouring pieces of a section share")
     passage_budget_tokens: int = Field(1100, description="tokens of passages in one prompt at most")
@@ -118,6 +121,10 @@ class RetrievalSettings(_Section):
     def shown(self, *, small: bool = False) -> int:
         """How many passages are put before a question: a small model reads worse what stands beside the right one."""
         return self.top_k or (1 if small else 3)
+
+    def quotes(self, *, small: bool = False) -> bool:
+        """Whether the passage's own words follow an answer without them: what a small model says is often not there."""
+        return small if self.quote is None else self.quote
 
     @field_serializer("vector_engine", when_used="json")
     def _told(self, value: SecretStr, info: FieldSerializationInfo) -> str:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from hybrid.cli import app
 from hybrid.errors import DataError
 from hybrid.knowledge.embed import Embedder
+from hybrid.knowledge.quote import quote
 from hybrid.knowledge.ranking import WEIGHT
 from hybrid.knowledge.reader import Reader
 from hybrid.knowledge.search import Library
@@ -21,6 +22,7 @@ from hybrid.lifecycle.teach_reader import groups, teach, train_examples
 from hybrid.lifecycle.tune_search import dev_examples, learn
 from hybrid.rooms import Home
 from hybrid.settings import RetrievalSettings
+from hybrid.types.passage import Passage
 
 MILLS = [
     f"{first}{last}"
@@ -159,6 +161,26 @@ def test_what_it_says_can_be_compared_and_points_at_answers(reader: Reader, mill
         assert fmean(one[column] < least for one in wrong) > 0.9
     assert reader.read("Anything?", []).shape == (0, 2)
     assert reader.read("", ["", "x" * 5000]).shape == (2, 2)
+
+
+def test_it_quotes_the_sentence_with_the_words_it_points_at(reader: Reader, mills: Path, embedder: Embedder) -> None:
+    told = {row["id"]: row["text"] for row in rows(mills / "corpus.jsonl")}
+    asked = rows(mills / "test.jsonl")
+    noise = "Nobody works there on Sundays. " * 4
+    pointed = []
+    for row in asked:
+        passage = Passage(row["id"], "A mill", f"{noise}{told[row['id']]} {'It is ' + 'very ' * 50}old.")
+        found = quote(row["input"], passage, embedder, reader)
+        assert found is not None
+        assert found.answer in found.text
+        pointed.append(found.text == told[row["id"]] and row["reference"] in found.answer)
+    assert fmean(pointed) > 0.8
+    long = Passage("long", "", " ".join(["very"] * 90) + " " + told[asked[0]["id"]])
+    cut = quote(asked[0]["input"], long, embedder, reader)
+    assert cut is not None
+    assert cut.text.startswith("… very")
+    assert cut.answer in cut.text
+    assert reader.point("Anything?", "") == (0, 0)
 
 
 def test_the_same_questions_teach_once(

@@ -36,11 +36,13 @@ PURPOSE = "x-hybrid-purpose"
 class Heard:
     """What came back for one question.
 
-    `chosen` is the arm that answered, by a decision of that `confidence`; `shown` holds the texts of its `passages`;
+    `chosen` is the arm that answered, by a decision of that `confidence`; `shown` holds the texts of its `passages`,
+    and `quoted` is how `text` ends where one of them follows the model's own words;
     `error` is `code: message` or None.
     """
 
     text: str = ""
+    quoted: str = ""
     usage: Usage = field(default_factory=Usage)
     chosen: str = ""
     adapter: str | None = None
@@ -203,6 +205,7 @@ class GatewayAsker:
             return _failed(answer.error, began)
         return Heard(
             text=answer.text,
+            quoted=answer.quoted,
             usage=answer.usage,
             chosen=str(answer.decision.arm) if answer.decision else "",
             adapter=answer.decision.adapter if answer.decision else None,
@@ -242,6 +245,7 @@ class ServerAsker:
         why, usage = told["hybrid"], told.get("usage") or {}
         return Heard(
             text=told["choices"][0]["message"]["content"] or "",
+            quoted=(why.get("quoted") or {}).get("text", ""),
             usage=Usage(usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0), why["calls"] or 0),
             chosen=why["arm"],
             adapter=why.get("adapter"),

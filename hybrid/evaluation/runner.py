@@ -262,5 +262,5 @@ def _outcome(job: Job, heard: Heard) -> Outcome:
         error=heard.error,
         chosen=heard.chosen or None,
         confidence=heard.confidence if job.arm == AUTO else None,
-        grounded=support(heard.text, job.example.input, heard.shown).shares,
+        grounded=support(heard.text.removesuffix(heard.quoted), job.example.input, heard.shown).shares,
     )

@@ -79,9 +79,22 @@ class Reader:
             ids, mask = padded([e.ids for e in encodings], network.pad, PAIR_TOKENS)
             answers, begins, ends = said(network.hidden(ids, mask), mask, network.heads)
         return [
-            [float(answers[n]), _pointed(begins[n].numpy(), ends[n].numpy(), passage_tokens(encoding))]
+            [float(answers[n]), _pointed(begins[n].numpy(), ends[n].numpy(), passage_tokens(encoding))[0]]
             for n, encoding in enumerate(encodings)
         ]
+
+    def point(self, question: str, passage: str) -> tuple[int, int]:
+        """Where the words stand in a passage that answer best: characters from, and to before; (0, 0) of an empty one.
+        They are the best even where none answers."""
+        import torch
+
+        network = self._network
+        encoding = network.tokenizer.encode(question, passage)
+        with torch.inference_mode(), one_thread(network.threads):
+            ids, mask = padded([encoding.ids], network.pad, PAIR_TOKENS)
+            _, begins, ends = said(network.hidden(ids, mask), mask, network.heads)
+        _, first, last = _pointed(begins[0].numpy(), ends[0].numpy(), passage_tokens(encoding))
+        return (encoding.offsets[first][0], encoding.offsets[last][1]) if first else (0, 0)
 
     def load(self) -> None:
         """Makes the network now, so that no question waits for it."""
@@ -165,10 +178,12 @@ def passage_tokens(encoding: Any) -> list[int]:
     return [place for place, of in enumerate(encoding.sequence_ids) if of == 1]
 
 
-def _pointed(begins: Floats, ends: Floats, places: Sequence[int]) -> float:
-    """The best words' log-odds over none, which is the first marker's."""
+def _pointed(begins: Floats, ends: Floats, places: Sequence[int]) -> tuple[float, int, int]:
+    """The best words' log-odds over none, which is the first marker's, and the places of their first and last token;
+    zeros where there are none."""
     if not places:
-        return 0.0
+        return 0.0, 0, 0
     both = np.add.outer(begins[places], ends[places])
     allowed = np.tril(np.triu(np.ones(both.shape, bool)), LONGEST - 1)
-    return float(both[allowed].max() - begins[0] - ends[0])
+    first, last = divmod(int(np.where(allowed, both, -np.inf).argmax()), len(places))
+    return float(both[first, last] - begins[0] - ends[0]), places[first], places[last]

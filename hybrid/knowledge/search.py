@@ -25,6 +25,7 @@ from hybrid.knowledge.faults import spoken
 from hybrid.knowledge.filters import Matches
 from hybrid.knowledge.ingest import Ingest, IngestReport, Progress, parse_limits
 from hybrid.knowledge.pg import PgEngine
+from hybrid.knowledge.quote import Quote, quote
 from hybrid.knowledge.read import one_document
 from hybrid.knowledge.reader import Reader
 from hybrid.knowledge.room import OWNER, Room
@@ -140,6 +141,10 @@ class Library:
             for piece in pieces[max(0, at - reach) : at + reach + 1]:
                 out.setdefault((piece.corpus, piece.id), piece)
         return tuple(out.values())
+
+    def quote(self, question: str, passage: Passage) -> Quote | None:
+        """The sentence of a passage that a question asks for. Raises NotFound where its corpus is no more."""
+        return quote(question, passage, self.embedder, self._corpus(passage.corpus).reader())
 
     def tuned(self, name: str) -> Tuned:
         """What a corpus's own questions taught about searching it; the defaults where nothing did. Raises NotFound."""

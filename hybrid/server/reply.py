@@ -22,7 +22,7 @@ from hybrid.server.asking import Asked
 from hybrid.server.metrics import Metrics
 from hybrid.types import JSON
 from hybrid.types.decision import Decision
-from hybrid.types.event import Decided, Drafted, Event, Failed, Finished, Retrieved, Token, Usage
+from hybrid.types.event import Decided, Drafted, Event, Failed, Finished, Quoted, Retrieved, Token, Usage
 from hybrid.types.passage import Passage
 
 
@@ -37,6 +37,7 @@ class Reply:
         self.retrieved = Retrieved(())
         self._said: list[str] = []
         self.drafts: list[Drafted] = []
+        self._quoted: Quoted | None = None
         self.usage: Usage | None = None
         self.first_at = self._asked_at
         self._first: Token
@@ -85,6 +86,8 @@ class Reply:
                         self._metrics.retrieval.observe(self._asked_at - before)
                 case Drafted():
                     self.drafts.append(event)
+                case Quoted():
+                    self._quoted = event
                 case Finished():
                     self.usage = event.usage
                 case Failed():
@@ -99,7 +102,9 @@ class Reply:
     def explained(self) -> JSON:
         """The object `hybrid` for those who ask why."""
         decision, found = self.decision.wire() if self.decision else {}, self.retrieved
-        held = support("".join(self._said), found.query, [f"{p.title}\n{p.text}" for p in self.passages])
+        quoted = self._quoted
+        own = "".join(self._said).removesuffix(quoted.text if quoted else "")
+        held = support(own, found.query, [f"{p.title}\n{p.text}" for p in self.passages])
         return {
             **decision,
             "calls": self.usage.calls if self.usage else None,
@@ -109,6 +114,7 @@ class Reply:
             ],
             "answerable": None if found.answerable is None else round(found.answerable, 4),
             "refused": found.refused,
+            "quoted": {"text": quoted.text, "passage": quoted.at + 1} if quoted else None,
             "support": held.wire() if self.passages else None,
             "drafts": [{"arm": d.arm, "text": d.text, "usage": d.usage.wire(), "note": d.note} for d in self.drafts],
         }

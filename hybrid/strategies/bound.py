@@ -9,9 +9,10 @@ from typing import Any
 
 from hybrid.adapters.heads import Verdict
 from hybrid.engine import Engine
-from hybrid.errors import BadRequest, ModelNotFound, NotReady
+from hybrid.errors import BadRequest, ModelNotFound, NotFound, NotReady
 from hybrid.knowledge.answerable import Found
 from hybrid.knowledge.examples import Shelf
+from hybrid.knowledge.quote import Quote
 from hybrid.knowledge.search import Library
 from hybrid.prompts import within_budget
 from hybrid.settings import Settings
@@ -47,6 +48,7 @@ class Bound:
         adapters: Mapping[str, str],
         instruction: str,
         top_k: int,
+        quotes: bool,
         cache_salt: str,
         member: Callable[[Request, Arm], Bound],
         head: Callable[[str], Verdict] | None = None,
@@ -55,6 +57,7 @@ class Bound:
     ) -> None:
         self.instruction = instruction
         self.top_k = top_k
+        self._quotes = quotes
         self.usage = Usage()
         self._request = request
         self._settings = settings
@@ -173,6 +176,14 @@ class Bound:
             return dataclasses.replace(seen, passages=self._library.around(seen.passages))
 
         return await asyncio.to_thread(found)
+
+    async def quote(self, query: str, passage: Passage) -> Quote | None:
+        if not self._quotes:
+            return None
+        try:
+            return await asyncio.to_thread(self._library.quote, query, passage)
+        except NotFound:  # its corpus went while the answer was made
+            return None
 
     async def examples(self, task: str | None, query: str, k: int) -> tuple[tuple[str, str], ...]:
         shelves = self._shelves(task, self._request.rights)

@@ -1,7 +1,8 @@
 """`rag[:CORPUS]` and `adapter+rag:NAME[:CORPUS]`: retrieve, put the passages before the question, ask.
 
 Retrieval-augmented generation, Lewis et al. 2020 (arXiv 2005.11401), with passages in the prompt. What was found too
-weak is not answered from: the answer says that it is not in the documents.
+weak is not answered from: the answer says that it is not in the documents. Where it is known that what was found does
+answer, and a small model without an adapter says something else, the sentence follows that it should have said.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from hybrid.errors import BadRequest
-from hybrid.prompts import instructed, last_user, replace_last_user, with_passages
+from hybrid.prompts import instructed, last_user, replace_last_user, tame, with_passages
 from hybrid.strategies.followup import bare, search_query
-from hybrid.strategies.said import said
+from hybrid.strategies.said import lengthened, said
 from hybrid.strategies.tools import Tools
 from hybrid.types.arm import Arm
-from hybrid.types.event import Event, Retrieved
+from hybrid.types.event import Event, Quoted, Retrieved, Token
+from hybrid.types.passage import Passage
 from hybrid.types.request import Request
 
 #: what asks for another shape than words; a refusal in words would break who reads it
@@ -44,9 +46,35 @@ async def run(request: Request, arm: Arm, tools: Tools) -> AsyncIterator[Event]:
     yield Retrieved(passages, found.answerable, False, query)
     asked = instructed(request.messages, tools.instruction)
     messages = replace_last_user(asked, with_passages(last_user(asked), passages))
-    async for token in tools.generate(messages, adapter=arm.adapter):
-        yield token
+    tokens = tools.generate(messages, adapter=arm.adapter)
+    if passages and found.answerable is not None and not found.weak and not arm.adapter and _may_quote(request):
+        events = _quoting(tokens, tools, query, passages[0])
+    else:
+        events = tokens
+    async for event in events:
+        yield event
+
+
+async def _quoting(tokens: AsyncIterator[Token], tools: Tools, query: str, passage: Passage) -> AsyncIterator[Event]:
+    """The answer, and after one that ended by itself the passage's own words where it does not say them."""
+    own = ""
+    async for token in tokens:
+        own += token.text
+        quote = await tools.quote(query, passage) if token.finish_reason == "stop" else None
+        if quote is None or quote.is_said_in(own):
+            yield token
+            continue
+        more = f"\n\n> {tame(quote.text)} [1]"
+        yield Quoted(more)
+        for piece in lengthened(token, more):
+            yield piece
 
 
 def _may_refuse(request: Request) -> bool:
     return not request.about and not any(request.sampling.get(name) for name in _SHAPES)
+
+
+def _may_quote(request: Request) -> bool:
+    """Not beside several answers, nor beside the log-probabilities of one."""
+    asked = request.sampling
+    return _may_refuse(request) and (asked.get("n") or 1) == 1 and not asked.get("logprobs")

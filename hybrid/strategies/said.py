@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 from hybrid.types import JSON
 from hybrid.types.event import Token
@@ -22,6 +23,20 @@ def said(
     for index in range(count):
         yield Token(text, index, None, raw=_dump(_chunk(request, model, text, index, logprobs)))
         yield Token("", index, reason, raw=_dump(_last(request, model, index, reason)))
+
+
+def lengthened(token: Token, more: str) -> Iterator[Token]:
+    """The last piece of an engine's answer with `more` after its words: itself where it is the whole answer, else a
+    piece with the words and one with the end."""
+    body = json.loads(token.raw)
+    choice = body["choices"][0]
+    if "delta" not in choice:
+        choice["message"]["content"] = f"{choice['message'].get('content') or ''}{more}"
+        yield replace(token, text=token.text + more, raw=_dump(body))
+        return
+    words = {**choice, "delta": {**choice["delta"], "content": token.text + more}, "finish_reason": None}
+    yield Token(token.text + more, token.index, raw=_dump({**body, "choices": [words]}))
+    yield replace(token, text="", raw=_dump({**body, "choices": [{**choice, "delta": {}}]}))
 
 
 def _frame(request: Request, model: str, kind: str, choices: list[JSON]) -> JSON:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from hybrid.knowledge.answerable import Found
+from hybrid.knowledge.quote import Quote
 from hybrid.strategies.panel import Panel
 from hybrid.types.arm import Arm
 from hybrid.types.event import Event, Token
@@ -40,6 +41,10 @@ class Tools(Protocol):
     async def search(self, corpus: str | None, query: str, k: int) -> Found:
         """The `k` passages that are best for `query` and that the caller may see, with whether they are too weak to
         answer from. `corpus=None` searches all of them."""
+        ...
+
+    async def quote(self, query: str, passage: Passage) -> Quote | None:
+        """The sentence of a passage that `query` asks for; None where answers are left as they are."""
         ...
 
     async def examples(self, task: str | None, query: str, k: int) -> tuple[tuple[str, str], ...]:

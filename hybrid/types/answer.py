@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hybrid.types.decision import Decision
-from hybrid.types.event import Decided, Drafted, Event, Failed, Finished, Retrieved, Token, Usage
+from hybrid.types.event import Decided, Drafted, Event, Failed, Finished, Quoted, Retrieved, Token, Usage
 from hybrid.types.passage import Passage
 
 
@@ -21,6 +21,7 @@ class Answer:
     finish_reason: str | None = None
     error: Exception | None = None
     refused: bool = False  # the passages found were too weak to answer from
+    quoted: str = ""  # how the text ends that the model did not say
 
 
 def fold(events: list[Event]) -> Answer:
@@ -32,7 +33,7 @@ def fold(events: list[Event]) -> Answer:
     usage = Usage()
     finish: str | None = None
     error: Exception | None = None
-    refused = False
+    refused, quoted = False, ""
     for event in events:
         match event:
             case Decided():
@@ -41,6 +42,8 @@ def fold(events: list[Event]) -> Answer:
                 passages, refused = event.passages, event.refused
             case Drafted():
                 drafts.append(event)
+            case Quoted():
+                quoted = event.text
             case Token():
                 if event.index == 0:
                     text.append(event.text)
@@ -49,4 +52,4 @@ def fold(events: list[Event]) -> Answer:
                 usage = event.usage
             case Failed():
                 error = event.error
-    return Answer("".join(text), decision, passages, tuple(drafts), usage, finish, error, refused)
+    return Answer("".join(text), decision, passages, tuple(drafts), usage, finish, error, refused, quoted)

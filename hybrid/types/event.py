@@ -68,6 +68,15 @@ class Drafted:
 
 
 @dataclass(frozen=True, slots=True)
+class Quoted:
+    """What follows the model's own words: `text` quotes the passage at place `at`, from 0. It is part of the text of
+    the last tokens, and of no count of them."""
+
+    text: str
+    at: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Token:
     """A piece of the answer as it arrives.
 
@@ -97,4 +106,4 @@ class Failed:
     error: Exception
 
 
-Event = Decided | Retrieved | Drafted | Token | Finished | Failed
+Event = Decided | Retrieved | Drafted | Quoted | Token | Finished | Failed
