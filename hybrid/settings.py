@@ -138,7 +138,9 @@ class GateSettings(_Section):
     deadline_ms: float = Field(50.0, description="a slower gate is not waited for: the default arm answers")
     quality_cost: float = Field(0.9, ge=0, le=1, description="0 cheapest, 1 best")
     default_arm: str = Field("prompt", description="answers when the gate cannot")
-    abstain_below: float = Field(0.4, ge=0, le=1, description="a narrow arm less likely than this is not taken")
+    abstain_below: float | None = Field(
+        None, ge=0, le=1, description="a narrow arm less likely than this is not taken (default: learned, 0.4 to 0.65)"
+    )
     stay_margin: float = Field(0.15, ge=0, le=1, description="a conversation changes its arm for a larger gain only")
     cascade: float = Field(0.0, ge=0, le=1, description="a cheaper arm is tried first and kept if this sure; 0: never")
     explore: float = Field(0.0, ge=0, le=0.2, description="how often another arm within reach is tried, to learn")

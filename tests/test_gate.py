@@ -253,6 +253,35 @@ def test_a_narrow_arm_that_is_not_likely_enough_is_left_and_the_reason_says_so()
     assert "0.36" in choice.reason
 
 
+def test_of_an_arm_that_is_known_well_more_is_asked() -> None:
+    def chosen(scores: dict[Arm, float], **settings: float) -> Arm:
+        known = Scores(scores, sure={("adapter", "a"): 0.6, ("rag", "c"): 0.5})
+        return Policy(GateSettings(**settings)).choose(known, allowed=everything, knobs=Knobs()).arm
+
+    assert chosen({PROMPT: 0.4, A: 0.55}) == PROMPT
+    assert chosen({PROMPT: 0.4, A: 0.61}) == A
+    assert chosen({PROMPT: 0.4, RAG: 0.55}) == RAG
+    assert chosen({PROMPT: 0.4, BOTH: 0.55}) == BOTH, "the least that is asked of its parts"
+    assert chosen({PROMPT: 0.4, Arm("moa"): 0.45}) == Arm("moa")
+    assert chosen({PROMPT: 0.4, A: 0.55}, abstain_below=0.5) == A
+    assert chosen({PROMPT: 0.2, RAG: 0.55}, abstain_below=0.6) == PROMPT
+
+
+def test_how_sure_the_gate_has_to_be_grows_with_what_it_has_seen(embedder: Embedder) -> None:
+    """Two adapters of the same requests: a few of one, many of the other."""
+    many = [f"{line} (no. {n})" for n in range(400 // len(GARDEN_ASKED) + 1) for line in GARDEN_ASKED]
+    gate = Gate()
+    gate.enrol_general(general_lines(), embedder.embed_queries(general_lines()))
+    gate.enrol_adapter("few", many[:20], embedder.embed_queries(many[:20]))
+    gate.enrol_adapter("many", many, embedder.embed_queries(many))
+    gate.weights = Weights(DEFAULT.by_kind, sure=0.6)
+    scores = gate.score(GARDEN_ASKED[0], embedder.embed_query(GARDEN_ASKED[0]))
+    few, known = (scores.needed(Arm("adapter", (name,))) for name in ("few", "many"))
+    assert 0.4 <= few < 0.42
+    assert 0.58 < known <= 0.6
+    assert scores.needed(PROMPT) == 0.4
+
+
 def test_prompt_chosen_by_the_gate_is_no_fallback() -> None:
     assert choose({PROMPT: 0.9, A: 0.1}).fallback is None
 
@@ -294,10 +323,11 @@ def test_fitted_weights_come_back_as_they_were(tmp_path: Path) -> None:
     home = Home(tmp_path)
     name = fingerprint(ARMS, "e5")
     assert kept(home, name) is None
-    changed = Weights({kind: w + 0.25 for kind, w in DEFAULT.by_kind.items()})
+    changed = Weights({kind: w + 0.25 for kind, w in DEFAULT.by_kind.items()}, sure=0.5)
     keep(home, name, changed)
     found = kept(home, name)
     assert found is not None
+    assert found.sure == 0.5
     assert {kind: w.tolist() for kind, w in found.by_kind.items()} == {
         kind: w.tolist() for kind, w in changed.by_kind.items()
     }
@@ -309,14 +339,14 @@ def test_weights_belong_to_the_very_arms_and_embedder_they_were_fitted_to() -> N
     assert fingerprint(ARMS, "other") != fingerprint(ARMS, "e5")
 
 
-@pytest.mark.parametrize("harm", ["torn", "shape", "nan"])
+@pytest.mark.parametrize("harm", ["torn", "shape", "nan", "sure"])
 def test_kept_weights_that_cannot_be_used_are_none(tmp_path: Path, harm: str) -> None:
     home, by_kind = Home(tmp_path), dict(DEFAULT.by_kind)
     if harm == "shape":
         by_kind["general"] = np.zeros(7)
     if harm == "nan":
         by_kind["general"] = np.full(2, np.nan)
-    keep(home, "x", Weights(by_kind))
+    keep(home, "x", Weights(by_kind, sure=7.0 if harm == "sure" else 0.5))
     if harm == "torn":
         path = next(home.hidden.rglob("x.safetensors"))
         path.write_bytes(path.read_bytes()[:-3])

@@ -5,6 +5,7 @@ A bank never changes: enrolling makes a new one, so a request that is being scor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -30,6 +31,8 @@ from hybrid.types.passage import Passage
 
 #: prototypes kept of one view of one arm: a seeded sample, enough for the neighbours, small enough for a millisecond
 PROTOTYPES = 600
+#: rows that make an arm known by two thirds; a few dozen say little of how else its requests may be worded
+_WELL_KNOWN = 150
 #: passages kept of one corpus, for training and for corpora that bring no search of their own
 PASSAGE_SAMPLE = 4000
 
@@ -108,8 +111,19 @@ class Bank:
     @cached_property
     def _spoken(self) -> Wording:
         """The words of every arm that has messages, made when a request first asks: a bank is often replaced before."""
-        named = [m.lexicon for arm, m in self.messages.items() if arm != PROMPT and m.views]
+        named = [m.lexicon for _, m in self._narrow]
         return Wording.of(named, self.messages[PROMPT].lexicon if PROMPT in self.messages else Lexicon())
+
+    @cached_property
+    def known(self) -> Mapping[tuple[str, str], float]:
+        """By ("adapter" or "rag", name) how well messages or passages make it known, 0 to 1; tasks are as adapters."""
+        counts = {("adapter", arm.args[0]): max(len(view.vectors) for view in m.views) for arm, m in self._narrow}
+        counts |= {("rag", arm.args[0]): len(corpus.passages) for arm, corpus in self.corpora.items()}
+        return {part: 1 - math.exp(-((count / _WELL_KNOWN) ** 2)) for part, count in counts.items()}
+
+    @property
+    def _narrow(self) -> list[tuple[Arm, Messages]]:
+        return [(arm, m) for arm, m in self.messages.items() if arm != PROMPT and m.views]
 
     def knows(self, stem: str) -> bool:
         """Whether anything that is enrolled, or any general request, holds a word of this stem."""
@@ -146,8 +160,7 @@ class Bank:
         asked = [look(query) for query in queries]
         leaning = np.stack([self._spoken.familiarity(words) for words in asked])
         out: dict[Arm, Numbers] = {PROMPT: general_features(self._of(PROMPT, cosines))}
-        named = [(arm, m) for arm, m in self.messages.items() if arm != PROMPT and m.views]
-        for place, (arm, m) in enumerate(named):
+        for place, (arm, m) in enumerate(self._narrow):
             parts = [cosines[:, self.spans[arm, i]] for i in range(len(m.views))]
             near = message_features(m.views, parts)
             words = self._wording(arm, asked, leaning[:, place], own)

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from hybrid.gate.features import COLUMNS
-from hybrid.gate.model import Weights
+from hybrid.gate.model import SURE, Weights
 from hybrid.rooms import Home
 from hybrid.types.arm import Arm
 
+_SURE = "sure"
 #: files kept; a home rarely goes back to an older set of arms
 _MOST = 8
 
@@ -38,7 +39,8 @@ def keep(home: Home, name: str, weights: Weights) -> None:
     path = _path(home, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{uuid.uuid4().hex}")
-    save_file({kind: np.ascontiguousarray(w) for kind, w in weights.by_kind.items()}, staging)
+    numbers = {kind: np.ascontiguousarray(w) for kind, w in weights.by_kind.items()}
+    save_file({**numbers, _SURE: np.array([weights.sure])}, staging)
     os.replace(staging, path)
     for old in sorted(path.parent.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)[:-_MOST]:
         old.unlink(missing_ok=True)
@@ -53,10 +55,11 @@ def kept(home: Home, name: str) -> Weights | None:
         found = load(_path(home, name).read_bytes())
     except (OSError, ValueError, SafetensorError):
         return None
-    fits = {kind: w.shape for kind, w in found.items()} == {kind: (len(names),) for kind, names in COLUMNS.items()}
-    if not fits or not all(np.isfinite(w).all() for w in found.values()):
+    wanted = {**{kind: (len(names),) for kind, names in COLUMNS.items()}, _SURE: (1,)}
+    if {kind: w.shape for kind, w in found.items()} != wanted or not all(np.isfinite(w).all() for w in found.values()):
         return None
-    return Weights({kind: w.astype(np.float64) for kind, w in found.items()})
+    sure = float(found.pop(_SURE)[0])
+    return Weights({k: w.astype(np.float64) for k, w in found.items()}, sure) if SURE[0] <= sure <= SURE[1] else None
 
 
 def _path(home: Home, name: str) -> Path:

@@ -24,12 +24,17 @@ from hybrid.gate.taught import TASK, Blend, Taught, task_owner
 from hybrid.types.arm import PROMPT, Arm
 from hybrid.types.passage import Passage
 
+#: between which probabilities it is learned how sure the gate has to be of an arm
+SURE = (0.4, 0.65)
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Weights:
-    """One weight a column of `features.COLUMNS`, by kind."""
+    """One weight a column of `features.COLUMNS`, by kind. `sure` is how likely a well-known narrow arm must be to be
+    taken, where no setting says so."""
 
     by_kind: Mapping[str, Numbers]
+    sure: float = SURE[0]
 
     def utility(self, arm: Arm, features: Numbers) -> Numbers:
         """[rows] from [rows, columns]."""
@@ -66,7 +71,8 @@ class Scores:
 
     `stranger` is how much of `prompt`'s score comes from the request being nobody's (None: all of it). `costs` are
     expected ones where outcomes tell. `why` says in words what each arm showed; `neighbours` are the messages that
-    lie nearest, those that were measured with the scores of their arms. `adjusted` is how far feedback moved a score.
+    lie nearest, those that were measured with the scores of their arms. `adjusted` is how far feedback moved a score;
+    `sure` says by ("adapter" or "rag", name) how likely it must be to be taken.
     """
 
     by_arm: Mapping[Arm, float]
@@ -75,6 +81,12 @@ class Scores:
     stranger: float | None = None
     costs: Mapping[Arm, float] = field(default_factory=dict)
     adjusted: Mapping[Arm, float] = field(default_factory=dict)
+    sure: Mapping[tuple[str, str], float] = field(default_factory=dict)
+
+    def needed(self, arm: Arm) -> float:
+        """How likely an arm must be to be taken, by what it answers with."""
+        parts = [(strategy if strategy == "rag" else "adapter", name) for strategy, name in arm.parts]
+        return min((self.sure[part] for part in parts if part in self.sure), default=SURE[0])
 
     def moved(self, by: Mapping[str, float]) -> Scores:
         """The scores moved by what feedback says of arms, within 0 to 1; the reasons tell of it."""
@@ -195,12 +207,14 @@ class Gate:
             {"arm": str(arm), "text": text, "similarity": round(cosine, 4)}
             for arm, text, cosine in bank.neighbours(cosines[0], NEAREST)
         )
+        sure = {part: SURE[0] + (weights.sure - SURE[0]) * known for part, known in bank.known.items()}
         if taught is None:
-            return Scores(owners, why, near)
+            return Scores(owners, why, near, sure=sure)
         estimate = taught.estimate(query, vector)
         blend = taught.blend(owners, estimate)
         reasons = {**why, **_expectations(blend)}
-        return Scores(blend.shares, reasons, (*_measured(estimate), *near), blend.stranger, blend.costs)
+        told = (*_measured(estimate), *near)
+        return Scores(blend.shares, reasons, told, blend.stranger, blend.costs, sure=sure)
 
     def _noise(self, bank: Bank, query: str, found: Mapping[Arm, Sequence[Passage]]) -> float:
         """How much of a request is noise, 0 to 1, to all that is enrolled and to the passages found for it."""

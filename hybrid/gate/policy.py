@@ -26,7 +26,7 @@ _CHEAP = 0.7
 #: an arm that scores less than this share of the chosen one is not tried to learn of it, and how sharply the others'
 #: scores tell which is
 _REACH, _TEMPERATURE = 0.8, 0.1
-#: the quality-cost knob at which `abstain_below` holds as it stands: nearer 0, more is asked of a narrow arm
+#: the quality-cost knob at which that probability holds as it stands: nearer 0, more is asked of a narrow arm
 _AT = 0.9
 
 
@@ -99,7 +99,8 @@ class Policy:
         stranger = usable.get(PROMPT, 0.0) if scores.stranger is None else scores.stranger
         earned = {arm: score - stranger if arm == PROMPT else score for arm, score in usable.items()}
         arm = _cheapest_of_best(earned, scores.costs, quality)
-        needed = min(self._settings.abstain_below * (1 + (_AT - quality) / 2), 1.0)
+        sure = scores.needed(arm) if self._settings.abstain_below is None else self._settings.abstain_below
+        needed = min(sure * (1 + (_AT - quality) / 2), 1.0)
         why = scores.why.get(arm, "it scores best")
         if PROMPT not in usable or earned[arm] >= needed:
             first = _cheaper(arm, earned, scores.costs) if self._settings.cascade else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from hybrid.gate.bank import Bank, Own, sample
 from hybrid.gate.features import COLUMNS, Corpus, Embed, Numbers, Vectors
 from hybrid.gate.lexicon import bare_input, tokens
-from hybrid.gate.model import DEFAULT, Weights, kind, softmax
+from hybrid.gate.model import DEFAULT, SURE, Weights, kind, softmax
 from hybrid.types.arm import PROMPT, Arm
 from hybrid.types.passage import Passage
 
@@ -31,6 +31,8 @@ _PENALTY = {"messages": 5.0, "passages": 300.0, "general": 30.0}
 #: a row whose owner is taken away is a stranger only while no other arm shows more than this of it (a probability under
 #: the defaults): two arms of one subject must not be taught to refuse each other's questions
 _KINDRED = 0.5
+#: so many of the arms' own messages may be less likely than is asked of a narrow arm
+_TURNED_AWAY = 0.03
 _OPENINGS = ("who {}?", "what is {}?", "when did {}?", "how does {}?", "{}?", "{}", "{}", "tell me about {}", "{}")
 _PREFIXES = ("Answer briefly.\n\n", "Answer the question.\n\n", "Reply with a short phrase.\n\n")
 _TITLED, _PREFIXED, _FOREIGN = 0.5, 0.3, 0.3
@@ -62,7 +64,17 @@ def train_gate(bank: Bank, embed: Embed) -> Weights:
     label = np.array([list(features).index(row.arm) for row in rows])
     ours = np.array([row.arm == PROMPT and row.own is None for row in rows])
     kept = ~(ours & _kindred(features, np.full(len(rows), -1)))
-    return _newton(*_with_orphans({arm: x[kept] for arm, x in features.items()}, label[kept]))
+    weights = _newton(*_with_orphans({arm: x[kept] for arm, x in features.items()}, label[kept]))
+    own = np.array([row.arm != PROMPT and row.own is not None for row in rows])
+    return replace(weights, sure=_sure(weights, {arm: x[own] for arm, x in features.items()}))
+
+
+def _sure(weights: Weights, features: Mapping[Arm, Numbers]) -> float:
+    """The highest probability that may be asked of a narrow arm, within `SURE`, for all but a few of the arms' own
+    messages to reach it."""
+    chance = softmax(np.column_stack([weights.utility(arm, x) for arm, x in features.items()]))
+    narrow = np.delete(chance, list(features).index(PROMPT), axis=1).max(axis=1)
+    return float(np.clip(np.quantile(narrow, _TURNED_AWAY), *SURE)) if len(narrow) else SURE[0]
 
 
 def _with_orphans(
