@@ -360,7 +360,7 @@ async def test_a_running_server_is_asked_and_nothing_twice(home: Path, tmp_path:
     suite = home / "eval" / "suites" / "small.toml"
     suite.parent.mkdir()
     suite.write_text(
-        'tasks = ["eval/tasks/colours"]\narms = ["few_shot", "auto", "nobody"]\nsplit = "dev"\nlimit = 4\n'
+        'tasks = ["eval/tasks/colours"]\narms = ["few_shot", "auto", "nobody", "head"]\nsplit = "dev"\nlimit = 4\n'
     )
     told, out = [], tmp_path / "out"
     async with running(settings) as server:
@@ -370,6 +370,8 @@ async def test_a_running_server_is_asked_and_nothing_twice(home: Path, tmp_path:
             await asyncio.to_thread(evaluate, ["small"], out, json_=True)
             told.append(json.loads((out / "report.json").read_text()))
         log = await server.engine_log()
+        with pytest.raises(DataError, match="no head, adapter is here"):
+            await asyncio.to_thread(evaluate, [str(task)], tmp_path / "none", arms="head,adapter")
     assert told[0] == told[1]
     arms = told[0]["tasks"]["colours"]["arms"]
     assert set(arms) == {"few_shot:colours", "auto", "adapter:nobody"}

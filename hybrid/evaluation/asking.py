@@ -267,6 +267,10 @@ def _since(began: float) -> float:
     return round((time.perf_counter() - began) * 1000, 2)
 
 
+#: strategies that cannot be asked without a name
+_NAMED = ("adapter", "adapter+rag", "head")
+
+
 def default_arms(task: Task, offer: Offer) -> list[str]:
     """The arms that apply to a task: everything offered, few-shot by its own examples, heads and mixed arms where they
     fit."""
@@ -292,7 +296,8 @@ def default_arms(task: Task, offer: Offer) -> list[str]:
 
 
 def chosen_arms(wanted: Sequence[str], task: Task, offer: Offer) -> list[str]:
-    """The arms that a person asked for: `adapter`, `few_shot`, … alone mean those of that kind that apply."""
+    """The arms that a person asked for: `adapter`, `few_shot`, … alone mean those of that kind that apply, which may be
+    none."""
     if not wanted:
         return default_arms(task, offer)
     every = default_arms(task, offer)
@@ -300,7 +305,7 @@ def chosen_arms(wanted: Sequence[str], task: Task, offer: Offer) -> list[str]:
     for name in wanted:
         name = name.removeprefix("hybrid/")
         of_kind = [arm for arm in every if arm.partition(":")[0] == name]
-        arms += of_kind or [spelled(name)]
+        arms += of_kind if of_kind or name in _NAMED else [spelled(name)]
     return list(dict.fromkeys(arms))
 
 

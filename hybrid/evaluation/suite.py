@@ -168,9 +168,14 @@ async def measure_suite(
 
 
 def questions(suite: Suite, found: Sequence[Subject], offer: Offer) -> list[Job]:
-    """Everything that a suite asks of what is on offer, task by task and arm by arm."""
+    """Everything that a suite asks of what is on offer, task by task and arm by arm. Raises DataError where that is
+    nothing."""
     others = frozenset(subject.task.name for subject in found)
-    return [job for subject in found for job in _jobs(suite, subject, offer, others)]
+    jobs = [job for subject in found for job in _jobs(suite, subject, offer, others)]
+    if not jobs:
+        wanted = ", ".join(suite.arms) or "any arm"
+        raise DataError(f"There is nothing to ask: no {wanted} is here for these tasks. `/v1/models` lists what is.")
+    return jobs
 
 
 def unanswered(suite: Suite, found: Sequence[Subject], offer: Offer, out: Path) -> int:
