@@ -139,7 +139,7 @@ class GateSettings(_Section):
     quality_cost: float = Field(0.9, ge=0, le=1, description="0 cheapest, 1 best")
     default_arm: str = Field("prompt", description="answers when the gate cannot")
     abstain_below: float | None = Field(
-        None, ge=0, le=1, description="a narrow arm less likely than this is not taken (default: learned, 0.4 to 0.65)"
+        None, ge=0, le=1, description="a narrow arm less likely than this is not taken (default: learned, 0.4 to 0.6)"
     )
     stay_margin: float = Field(0.15, ge=0, le=1, description="a conversation changes its arm for a larger gain only")
     cascade: float = Field(0.0, ge=0, le=1, description="a cheaper arm is tried first and kept if this sure; 0: never")

@@ -25,7 +25,7 @@ from hybrid.types.arm import PROMPT, Arm
 from hybrid.types.passage import Passage
 
 #: between which probabilities it is learned how sure the gate has to be of an arm
-SURE = (0.4, 0.65)
+SURE = (0.4, 0.6)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
