@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from objectives_kit import House, choices, padded, rows, sample, write
-from server_kit import chat, running
+from server_kit import chat, running, until
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid.errors import BadRequest, DataError, EngineError, Refused
@@ -101,6 +101,8 @@ def test_raft_trains_on_what_the_strategy_will_send(house: House, nq: Path, pass
         home, base = house.settings.home, str(house.tiny.path)
         settings = Settings.load(home=home, model=base, engine=engine, server=server, retrieval=retrieval)
         async with running(settings) as server_:
+            store = server_.gateway.store
+            await until(lambda: store.resolve("nq@1").state == "live")  # its checks go on after the server is ready
             for row in data.dev:
                 status, body, _ = await server_.post(
                     "/v1/chat/completions", chat(row.question, model=model, max_tokens=1)
