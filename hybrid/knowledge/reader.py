@@ -67,11 +67,12 @@ class Reader:
         for part, rows in zip(
             parts, network.pool.map(lambda p: self._read([encodings[n] for n in p]), parts), strict=True
         ):
-            out[part] = rows
+            out[part] = [row[: len(SAYS)] for row in rows]
         return out
 
-    def _read(self, encodings: Sequence[Any]) -> list[list[float]]:
-        """The rows of some pairs, read by one core."""
+    def _read(self, encodings: Sequence[Any]) -> list[tuple[float, float, int, int]]:
+        """Of some pairs, read by one core, the columns of `SAYS` and the places of the best words' first and last
+        token; zeros where the passage has none."""
         import torch
 
         network = self._network
@@ -79,21 +80,15 @@ class Reader:
             ids, mask = padded([e.ids for e in encodings], network.pad, PAIR_TOKENS)
             answers, begins, ends = said(network.hidden(ids, mask), mask, network.heads)
         return [
-            [float(answers[n]), _pointed(begins[n].numpy(), ends[n].numpy(), passage_tokens(encoding))[0]]
+            (float(answers[n]), *_pointed(begins[n].numpy(), ends[n].numpy(), passage_tokens(encoding)))
             for n, encoding in enumerate(encodings)
         ]
 
     def point(self, question: str, passage: str) -> tuple[int, int]:
         """Where the words stand in a passage that answer best: characters from, and to before; (0, 0) of an empty one.
         They are the best even where none answers."""
-        import torch
-
-        network = self._network
-        encoding = network.tokenizer.encode(question, passage)
-        with torch.inference_mode(), one_thread(network.threads):
-            ids, mask = padded([encoding.ids], network.pad, PAIR_TOKENS)
-            _, begins, ends = said(network.hidden(ids, mask), mask, network.heads)
-        _, first, last = _pointed(begins[0].numpy(), ends[0].numpy(), passage_tokens(encoding))
+        encoding = self._network.tokenizer.encode(question, passage)
+        [(*_, first, last)] = self._read([encoding])
         return (encoding.offsets[first][0], encoding.offsets[last][1]) if first else (0, 0)
 
     def load(self) -> None:
