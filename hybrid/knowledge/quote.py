@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hybrid.knowledge.embed import Embedder
-from hybrid.knowledge.reader import Reader
+from hybrid.knowledge.reader import Reader, as_read
 from hybrid.types.passage import Passage
 
 #: words of a quote at most; of a longer sentence those around the words that answer
@@ -47,7 +47,7 @@ def quote(question: str, passage: Passage, embedder: Embedder, reader: Reader | 
     sentences = _sentences(text)
     if not sentences:
         return None
-    answer = _pointed_at(question, passage.title, text, reader) if reader else (0, 0)
+    answer = _pointed_at(question, passage, text, reader) if reader else (0, 0)
     holding = [n for n, span in enumerate(sentences) if span[0] < answer[1] and answer[0] < span[1]]
     first, last = (holding[0], holding[-1]) if holding else [_nearest(question, text, sentences, embedder)] * 2
     start, end = sentences[first][0], sentences[last][1]
@@ -58,9 +58,9 @@ def quote(question: str, passage: Passage, embedder: Embedder, reader: Reader | 
     return Quote(_shortened(text, (start, end), answer), text[slice(*answer)])
 
 
-def _pointed_at(question: str, title: str, text: str, reader: Reader) -> Span:
+def _pointed_at(question: str, passage: Passage, text: str, reader: Reader) -> Span:
     """The words of the text that a reader points at; (0, 0) where those are the title's, or none."""
-    whole = f"{title}\n{text}".strip()
+    whole = as_read(passage)
     before = len(whole) - len(text)
     start, end = (place - before for place in reader.point(question, whole))
     return (start, end) if 0 <= start < end else (0, 0)

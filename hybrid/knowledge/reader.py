@@ -25,6 +25,7 @@ from hybrid.knowledge.embed import CORES, Embedder, hidden_states, one_thread, o
 from hybrid.knowledge.logistic import Logistic
 from hybrid.knowledge.ranking import Floats
 from hybrid.rooms import write_bytes
+from hybrid.types.passage import Passage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,6 +148,11 @@ class _Network:
         self.pad: int = model.tokenizer.pad_token_id or 0
         self.tokenizer = pair_tokenizer(model.tokenizer.backend_tokenizer.to_str())
         self.pool = ThreadPoolExecutor(CORES, "reader")
+
+
+def as_read(passage: Passage) -> str:
+    """A passage's words as they stand beside a question."""
+    return f"{passage.title}\n{passage.text}".strip()
 
 
 def pair_tokenizer(description: str) -> Any:

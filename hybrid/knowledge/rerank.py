@@ -20,7 +20,7 @@ from hybrid.errors import SetupError
 from hybrid.knowledge.lexical import tokens
 from hybrid.knowledge.logistic import Logistic
 from hybrid.knowledge.ranking import CLOSER, Floats, Hit, convex
-from hybrid.knowledge.reader import SAYS, Reader
+from hybrid.knowledge.reader import SAYS, Reader, as_read
 
 #: the columns of `features`, in order; a model that was learned from others is not used
 COLUMNS = (
@@ -145,7 +145,7 @@ class Shortlist:
 
 def told(hit: Hit) -> str:
     """A candidate as it is read."""
-    return f"{hit.passages[0].title}\n{hit.passages[0].text}".strip()
+    return as_read(hit.passages[0])
 
 
 class CrossEncoder:
