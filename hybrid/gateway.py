@@ -143,8 +143,9 @@ class Gateway:
         return _played(plan, tools, record)
 
     async def route(self, request: Request) -> Decision:
-        """The decision alone; nothing is generated."""
-        plan = await self._plan(self._entitled(request))
+        """The decision alone, with all that explains it; nothing is generated."""
+        asked = dataclasses.replace(request, knobs=dataclasses.replace(request.knobs, explain=True))
+        plan = await self._plan(self._entitled(asked))
         self.journal.add(plan.decision, request.caller)
         return plan.decision
 

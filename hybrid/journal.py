@@ -1,7 +1,8 @@
 """The decision log: at once in memory, behind the answer on disk.
 
 A write to SQLite with synchronous=FULL costs milliseconds that no request should wait for, so records queue and are
-stored twice a second in one transaction. The newest are found in memory until then and a while after.
+stored twice a second in one transaction. The vector of what was asked is made then, too, where deciding needed none.
+The newest are found in memory until then and a while after.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import collections
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -54,9 +56,21 @@ class Journal:
             self.flush()
 
     def flush(self) -> None:
-        """Stores what is pending now. A full disk costs the record, never the answer."""
+        """Stores what is pending now, with its vectors. A full disk costs the record, never the answer."""
         rows, self._pending = self._pending, []
+        for row in rows:
+            row["vector"] = _made(row["vector"])
         try:
             self._state.add_decisions(rows)
         except SQLAlchemyError:
             log.exception("%d decisions could not be stored; check the disk that holds .hybrid/", len(rows))
+
+
+def _made(vector: Callable[[], bytes] | None) -> bytes | None:
+    """The vector of a record; one that cannot be made is left out."""
+    try:
+        return vector() if vector else None
+    except Exception:
+        # the record is what matters: whatever an embedder may raise must not cost it, nor those stored with it
+        log.exception("a decision is stored without its vector")
+        return None

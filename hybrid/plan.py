@@ -70,7 +70,7 @@ class Planner:
         """The plan of an arm that asks others. The gate's view of the request chooses and weighs the members;
         `chosen` is its decision where it chose that others are asked, too."""
         limits = request.knobs if arm.strategy == "self_moa" else dataclasses.replace(request.knobs, arms=None)
-        routed = chosen or await self._decider.decide(dataclasses.replace(request, knobs=limits))
+        routed = chosen or await self._decider.decide(dataclasses.replace(request, knobs=limits), whole=True)
         enrolled = [member for member in self._decider.gate.arms() if request.rights.may(member)]
         panel = self._convener.panel(request, arm, _by_itself(routed), enrolled)
         versions: dict[str, AdapterVersion] = {}

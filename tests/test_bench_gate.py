@@ -160,6 +160,14 @@ def test_a_new_adapter_gets_its_own_requests_and_no_others(found: dict[str, Any]
     assert newcomers["all"]["others"] == {"share": 0.0, "ci95": newcomers["all"]["others"]["ci95"], "n": 32}
 
 
+def test_tasks_that_nothing_is_made_for_lose_nothing_by_routing(found: dict[str, Any]) -> None:
+    before = found["summary"]["newcomers"]["before"]
+    assert before["over_prompt"]["n"] == 20
+    assert set(before["by_task"]) == {"garden", "library"}
+    assert before["over_prompt"]["ci95"][0] <= before["over_prompt"]["diff"] <= before["over_prompt"]["ci95"][1]
+    assert before["over_prompt"]["diff"] >= -0.01
+
+
 def test_strangers_stay_out_and_acquaintances_are_let_in(found: dict[str, Any]) -> None:
     strange = found["summary"]["strangers"]
     assert strange["kept_out"]["n"] == len(strangers())
@@ -176,12 +184,13 @@ def test_every_request_is_embedded_once(found: dict[str, Any]) -> None:
     time = found["summary"]["time"]
     assert time["embedded"] == time["requests"] == 26
     assert time["embedded_by_search"] == 0
-    assert 0 < time["ms_without_embedding"]["p50"] <= time["ms"]["p95"]
+    assert 0 < time["ms_vector_known"]["p50"] <= time["ms"]["p95"]
+    assert time["ms_embedded"] == time["ms"]
 
 
 def test_goals_and_files(found: dict[str, Any], home: Path) -> None:
     goals = {goal["what"]: goal for goal in found["goals"]}
-    assert len(goals) == 11
+    assert len(goals) == 12
     assert goals["recovered"]["limit"] == 0.6
     assert json.loads((home / "out" / "gate.json").read_text()) == found
     assert (home / "out" / "gate.png").read_bytes().startswith(b"\x89PNG")

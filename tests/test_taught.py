@@ -64,7 +64,7 @@ def home(embedder: Embedder, tmp_path_factory: pytest.TempPathFactory) -> GateHo
     learned = fit("knn", table, embedder.embed(list(table.queries)))
     sums = [q for q, g in zip(table.queries, table.groups, strict=True) if g == "sums"]
     home.gate.enrol_task("sums", sums, embedder.embed(sums))
-    home.gate.taught = Taught.of(learned, frozenset({GARDEN, FEW_SHOT, HEAD}), frozenset({GARDEN}), version=1)
+    home.gate.taught = Taught.of(learned, frozenset({GARDEN, FEW_SHOT, HEAD}), {GARDEN: "garden"}, version=1)
     home.train()
     home.library()
     return home
@@ -108,7 +108,7 @@ def test_what_resembles_nothing_goes_to_prompt(home: GateHome) -> None:
 def test_an_arm_that_is_not_on_offer_is_never_chosen(home: GateHome, embedder: Embedder) -> None:
     taught = home.gate.taught
     assert taught is not None
-    home.gate.taught = Taught.of(taught.learned, frozenset({GARDEN}), frozenset({GARDEN}))
+    home.gate.taught = Taught.of(taught.learned, frozenset({GARDEN}), {GARDEN: "garden"})
     try:
         assert set(home.scores("x").by_arm) == {PROMPT, GARDEN, LIBRARY}
         assert {chosen(home, q) for q in asked(GARDEN_TASK, GARDEN_ASKED)} == {GARDEN}

@@ -25,12 +25,13 @@ from hybrid.bench.result import Goal, Result
 from hybrid.bench.routed import Field
 from hybrid.bench.routing import wilson
 from hybrid.errors import BadRequest
+from hybrid.evaluation.statistics import paired
 from hybrid.gate.outcomes import read_outcomes
 from hybrid.models import ModelFiles
 from hybrid.rooms import write_json
 from hybrid.settings import Settings
 from hybrid.types import JSON
-from hybrid.types.arm import Arm
+from hybrid.types.arm import PROMPT, Arm
 
 KNOB = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 WARM_UPS = 5
@@ -138,16 +139,16 @@ class _Bench:
         for number in range(WARM_UPS):
             await house.decide(f"Warm-up {number}")
         self._progress("deciding", 0, 1)
-        before = house.embedder.embedded
         fresh = list(dict.fromkeys(self._queries))
         verdicts = await house.judge(fresh)
-        asked = house.embedder.embedded - before
-        again = await house.judge(fresh[-AGAIN:])
+        doubtful = [query for query, verdict in zip(fresh, verdicts, strict=True) if verdict.embedded]
+        again = await house.judge(doubtful[-AGAIN:])
         times = {
             "requests": len(fresh),
-            "embedded": asked,
+            "embedded": len(doubtful),
             "ms": _spread(verdicts),
-            "ms_without_embedding": _spread(again),
+            "ms_embedded": _spread([verdict for verdict in verdicts if verdict.embedded]),
+            "ms_vector_known": _spread(again),
             "later_than_deadline": sum(v.ms > house.settings.gate.deadline_ms for v in verdicts),
             "embedded_by_search": self._searched(fresh[-SEARCHED:]),
         }
@@ -155,14 +156,14 @@ class _Bench:
         return times, [by_query[query] for query in self._queries]
 
     def _searched(self, queries: Sequence[str]) -> int | None:
-        """How many queries a search embeds that were decided before; None where there is nothing to search."""
+        """How many queries a search embeds that a decision had embedded; None where there is nothing to search."""
         house = self._house
         if not house.library.names():
             return None
-        before = house.embedder.embedded
+        before = house.embedder.again
         for query in queries:
             house.library.search(None, query, house.settings.retrieval.shown())
-        return house.embedder.embedded - before
+        return house.embedder.again - before
 
     # --- scores ------------------------------------------------------------------------------------------------------
 
@@ -217,7 +218,24 @@ class _Bench:
             found.append(await arrival(self._house, self._field.table, arm))
         if not found:
             return {"adapters": {}}
-        return {"adapters": {one.adapter: _told(one) for one in found}, "all": _told(total(found))}
+        told = {one.adapter: _told(one) for one in found}
+        return {"adapters": told, "all": _told(total(found)), "before": self._unknown(found)}
+
+    def _unknown(self, newcomers: Sequence[Newcomer]) -> JSON:
+        """What routing brought the requests of tasks that nothing had been made for yet, less what `prompt` did."""
+        arms = [PROMPT] * len(self._queries)
+        pairs = {}
+        for one in newcomers:
+            rows = self._field.tasks[self._house.tasks[one.adapter]]
+            for row, arm in zip(rows, one.before, strict=True):
+                arms[row] = arm
+        taken, alone = self._field.taken(arms), self._field.taken([PROMPT] * len(arms))
+        for one in newcomers:
+            rows = self._field.tasks[self._house.tasks[one.adapter]]
+            pairs[one.adapter] = (taken.score[rows].tolist(), alone.score[rows].tolist())
+        gain = paired(list(pairs.values())).wire()
+        by_task = {name: round(float(np.mean(a) - np.mean(b)), 4) for name, (a, b) in pairs.items()}
+        return {"over_prompt": gain, "by_task": by_task}
 
     # --- strangers ---------------------------------------------------------------------------------------------------
 
@@ -251,7 +269,7 @@ class _Bench:
 
 def _goals(summary: JSON) -> tuple[Goal, ...]:
     router, tokens, strange = summary["router"], summary["tokens"], summary["strangers"]
-    newcomers, time = summary["newcomers"].get("all"), summary["time"]
+    newcomers, before, time = *map(summary["newcomers"].get, ("all", "before")), summary["time"]
     found = [
         ("auto by the best arm of each task", router["of_best_per_task"]["share"], 0.98, True),
         ("auto above the best single arm, low end of the interval", router["over_best_single"]["ci95"][0], 0.0, True),
@@ -260,6 +278,7 @@ def _goals(summary: JSON) -> tuple[Goal, ...]:
         ("tokens by those of always retrieving", tokens["ratio"], 1.0, False),
         ("new adapters: share of their own requests", newcomers and newcomers["own"]["share"], 0.95, True),
         ("new adapters: share of others' requests", newcomers and newcomers["others"]["share"], 0.02, False),
+        ("tasks that have nothing here: routed less `prompt`", before and before["over_prompt"]["diff"], -0.01, True),
         ("strangers that no narrow arm got", strange["kept_out"]["share"], 0.95, True),
         ("own requests turned away", strange["turned_away"]["share"], 0.03, False),
         ("median of a decision, ms", time["ms"]["p50"], 5.0, False),
@@ -286,7 +305,9 @@ def _shares(names: Sequence[str], kept: Sequence[bool]) -> JSON:
     return {name: _share(sum(ones), len(ones)) for name, ones in found.items()}
 
 
-def _spread(verdicts: Sequence[Verdict]) -> JSON:
+def _spread(verdicts: Sequence[Verdict]) -> JSON | None:
+    if not verdicts:
+        return None
     p50, p95 = np.percentile([verdict.ms for verdict in verdicts], (50, 95))
     return {"p50": round(float(p50), 2), "p95": round(float(p95), 2)}
 

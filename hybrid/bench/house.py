@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from hybrid.adapters.store import AdapterStore
 from hybrid.boot import example_folders
@@ -47,12 +48,14 @@ def own(task: str, arm: Arm, tasks: Mapping[str, str]) -> bool:
 class Verdict:
     """A decision and what it took in milliseconds. `stranger` (0 to 1): how much the request looked like nobody's.
 
-    `turned_away`: it went to `prompt` for that, and not because outcomes said that `prompt` answers it best.
+    `embedded`: words alone did not tell. `turned_away`: it went to `prompt` for looking like that, and not because
+    outcomes said that `prompt` answers it best.
     """
 
     decision: Decision
     ms: float
     stranger: float
+    embedded: bool
     turned_away: bool
 
     @property
@@ -61,12 +64,20 @@ class Verdict:
 
 
 class CountingEmbedder(Embedder):
-    """Counts the single texts that it embeds; those that it remembers are not among them."""
+    """Counts the single texts that it embeds, and those of them that it had embedded before; what it remembers is in
+    neither."""
 
     embedded = 0
+    again = 0
+
+    def __init__(self, path: Path, name: str) -> None:
+        super().__init__(path, name)
+        self._seen: set[str] = set()
 
     def _embed_query(self, text: str) -> Vectors:
         self.embedded += 1
+        self.again += text in self._seen
+        self._seen.add(text)
         return super()._embed_query(text)
 
 
@@ -101,18 +112,18 @@ class House:
         """Decisions with their times, one after another, nothing else being done in between."""
         decider, timed = self._decider(None), []
         for query in queries:
-            request = _request(query, None)
+            request, before = _request(query, None), self.embedder.embedded
             began = time.perf_counter()
             decision = await decider.decide(request)
-            timed.append((decision, (time.perf_counter() - began) * 1000))
-        return [self._verdict(query, *pair) for query, pair in zip(queries, timed, strict=True)]
+            timed.append((decision, (time.perf_counter() - began) * 1000, self.embedder.embedded > before))
+        return [self._verdict(query, *one) for query, one in zip(queries, timed, strict=True)]
 
-    def _verdict(self, query: str, decision: Decision, ms: float) -> Verdict:
+    def _verdict(self, query: str, decision: Decision, ms: float, embedded: bool) -> Verdict:
         scores = self.gate.score(query, self.embedder.embed_query(query))
         general = scores.by_arm[PROMPT]
         stranger = general if scores.stranger is None else scores.stranger
         nobodys = decision.fallback is not None or 2 * stranger >= general
-        return Verdict(decision, ms, stranger, decision.arm == PROMPT and nobodys)
+        return Verdict(decision, ms, stranger, embedded, decision.arm == PROMPT and nobodys)
 
     def _decider(self, gate: Gate | None) -> Decider:
         patient = self.settings.gate.model_copy(update={"deadline_ms": _PATIENCE_MS})

@@ -25,7 +25,7 @@ from hybrid.types.arm import Arm
 @dataclass(frozen=True, slots=True)
 class Newcomer:
     """What a new adapter got: `right` of the `n` requests of its own task, `corpus` more went to the task's corpus;
-    and `wrong` of the `others`."""
+    and `wrong` of the `others`. `before` it came, its task's requests were taken by these arms."""
 
     adapter: str
     n: int
@@ -33,6 +33,7 @@ class Newcomer:
     corpus: int
     others: int
     wrong: int
+    before: tuple[Arm, ...] = ()
 
 
 async def arrival(house: House, table: Table, arm: Arm) -> Newcomer:
@@ -40,6 +41,7 @@ async def arrival(house: House, table: Table, arm: Arm) -> Newcomer:
     name = str(arm.adapter)
     task = house.tasks[name]
     gate = _before(house, task)
+    before = await house.arms([q for q, group in zip(table.queries, table.groups, strict=True) if group == task], gate)
     shelf = house.shelves.get(name)
     corpus = arm.args[1] if arm.strategy == "adapter+rag" else None
     gate.enrol_adapter(name, shelf.messages, shelf.vectors, shelf.bare, corpus=corpus)
@@ -47,9 +49,9 @@ async def arrival(house: House, table: Table, arm: Arm) -> Newcomer:
     mine = np.array([group == task for group in table.groups])
     its = np.array([name in found.adapters for found in taken])
     beside = np.array([house.own(task, found) for found in taken]) & ~its
-    return Newcomer(
-        name, int(mine.sum()), int(its[mine].sum()), int(beside[mine].sum()), int((~mine).sum()), int(its[~mine].sum())
-    )
+    right, wrong = int(its[mine].sum()), int(its[~mine].sum())
+    corpora = int(beside[mine].sum())
+    return Newcomer(name, int(mine.sum()), right, corpora, int((~mine).sum()), wrong, tuple(before))
 
 
 def _before(house: House, task: str) -> Gate:
@@ -58,7 +60,7 @@ def _before(house: House, task: str) -> Gate:
     known, taught = house.gate.taught, None
     learned = known and without(known.learned, task, lambda arm: house.own(task, arm))
     if known and learned:
-        at_home = frozenset(arm for arm in known.at_home if not house.own(task, arm))
+        at_home = {arm: named for arm, named in known.at_home.items() if not house.own(task, arm)}
         taught = Taught.of(learned, frozenset(known.served), at_home)
     return house.without(out, taught)
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hybrid.adapters.listing import MIX
 from hybrid.errors import DataError
 from hybrid.evaluation.measured import family
 from hybrid.evaluation.statistics import estimate, mean_of_tasks, paired
@@ -89,6 +90,15 @@ class Field:
         best = max(scores, key=lambda name: self.mean(scores[name]))
         return best, scores[best]
 
+    @cached_property
+    def best_unrouted(self) -> tuple[str, float] | None:
+        """The best of the single arms that the gate has no part in: those that confer, and mixes, ask it for theirs."""
+        rows, alone = np.arange(len(self.table)), {}
+        for name, columns in self.singles.items():
+            if not (Arm.parse(name).confers or Arm.parse(name).strategy == MIX):
+                alone[name] = self.mean(self.table.score[rows, columns])
+        return max(alone.items(), key=lambda one: one[1], default=None)
+
     def best_arm(self, task: str) -> tuple[str, float]:
         """The arm with the highest mean on a task, and that mean."""
         means = _means(self.table.score[self.tasks[task]])
@@ -133,10 +143,17 @@ class Field:
         each = float(np.mean([self.best_arm(task)[1] for task in self.tasks]))
         oracle, best = self.mean(self.oracle), self.mean(single)
         room = oracle - best
+        plain = self.best_unrouted
         return {
             "auto": auto.wire(),
             "random": round(self.mean(self.random), 6),
             "best_single": {"arm": name, "score": round(best, 6)},
+            "best_unrouted": plain
+            and {
+                "arm": plain[0],
+                "score": round(plain[1], 6),
+                "recovered": round((auto.score - plain[1]) / (oracle - plain[1]), 4) if oracle > plain[1] else None,
+            },
             "best_per_task": round(each, 6),
             "oracle": round(oracle, 6),
             "recovered": round((auto.score - best) / room, 4) if room > 0 else None,

@@ -13,18 +13,20 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from hybrid.gate.features import (
     Corpus,
     Numbers,
     Vectors,
     View,
+    fitting,
     form_features,
     general_features,
     message_features,
     passage_features,
 )
-from hybrid.gate.lexicon import Lexicon, Wording, look
+from hybrid.gate.lexicon import Lexicon, Wording, look, template
 from hybrid.gate.noise import own_noise
 from hybrid.types.arm import PROMPT, Arm
 from hybrid.types.passage import Passage
@@ -111,19 +113,25 @@ class Bank:
     @cached_property
     def _spoken(self) -> Wording:
         """The words of every arm that has messages, made when a request first asks: a bank is often replaced before."""
-        named = [m.lexicon for _, m in self._narrow]
+        named = [self.messages[arm].lexicon for arm in self.narrow]
         return Wording.of(named, self.messages[PROMPT].lexicon if PROMPT in self.messages else Lexicon())
 
     @cached_property
     def known(self) -> Mapping[tuple[str, str], float]:
         """By ("adapter" or "rag", name) how well messages or passages make it known, 0 to 1; tasks are as adapters."""
-        counts = {("adapter", arm.args[0]): max(len(view.vectors) for view in m.views) for arm, m in self._narrow}
+        views = {arm: self.messages[arm].views for arm in self.narrow}
+        counts = {("adapter", arm.args[0]): max(len(view.vectors) for view in own) for arm, own in views.items()}
         counts |= {("rag", arm.args[0]): len(corpus.passages) for arm, corpus in self.corpora.items()}
         return {part: 1 - math.exp(-((count / _WELL_KNOWN) ** 2)) for part, count in counts.items()}
 
-    @property
-    def _narrow(self) -> list[tuple[Arm, Messages]]:
-        return [(arm, m) for arm, m in self.messages.items() if arm != PROMPT and m.views]
+    @cached_property
+    def narrow(self) -> tuple[Arm, ...]:
+        """The arms that are known by messages of their own, tasks included."""
+        return tuple(arm for arm, m in self.messages.items() if arm != PROMPT and m.views)
+
+    @cached_property
+    def _templates(self) -> list[Mapping[str, float]]:
+        return [self.messages[arm].lexicon.templates for arm in self.narrow]
 
     def knows(self, stem: str) -> bool:
         """Whether anything that is enrolled, or any general request, holds a word of this stem."""
@@ -157,28 +165,48 @@ class Bank:
     ) -> dict[Arm, Numbers]:
         """What each arm shows of each request: [rows, columns of its kind]. `found[corpus][row]` are passages."""
         form = form_features(queries)
-        asked = [look(query) for query in queries]
-        leaning = np.stack([self._spoken.familiarity(words) for words in asked])
         out: dict[Arm, Numbers] = {PROMPT: general_features(self._of(PROMPT, cosines))}
-        for place, (arm, m) in enumerate(self._narrow):
-            parts = [cosines[:, self.spans[arm, i]] for i in range(len(m.views))]
-            near = message_features(m.views, parts)
-            words = self._wording(arm, asked, leaning[:, place], own)
-            out[arm] = np.column_stack([np.ones(len(near)), near, words])
+        if self.narrow:
+            views, spans, places = self._views
+            near = fitting(message_features(views, [cosines[:, span] for span in spans]), places)
+            bias = np.ones((len(queries), len(self.narrow), 1))
+            told = np.concatenate([bias, near, self._worded(queries, own)], axis=2)
+            out |= {arm: told[:, i] for i, arm in enumerate(self.narrow)}
         for arm, corpus in self.corpora.items():
             rows = zip(queries, form, found[arm], strict=True)
             out[arm] = np.stack([passage_features(corpus, q, f, p) for q, f, p in rows])
         return out
 
-    def _wording(
-        self, arm: Arm, asked: Sequence[Sequence[str]], leaning: Numbers, own: Sequence[Own | None]
-    ) -> Numbers:
-        """[rows, 3] from what the table says [rows, 2]; an arm's own messages are asked without their own words."""
-        lexicon, general = self.messages[arm].lexicon, self.messages[PROMPT].lexicon
-        out = np.column_stack([leaning, [lexicon.oddity(words) for words in asked]])
+    @cached_property
+    def _views(self) -> tuple[list[View], list[slice], npt.NDArray[np.intp]]:
+        """The views of the narrow arms with their spans, and by arm the places of its own among them [arms, most]."""
+        keys = [key for key in self.spans if key[0] != PROMPT]
+        own = [[place for place, (arm, _) in enumerate(keys) if arm == narrow] for narrow in self.narrow]
+        most = max(map(len, own))
+        views = [self.messages[arm].views[view] for arm, view in keys]
+        places = np.array([mine + mine[:1] * (most - len(mine)) for mine in own], dtype=np.intp)
+        return views, [self.spans[key] for key in keys], places
+
+    def glance(self, queries: Sequence[str], own: Sequence[Own | None] = ()) -> Numbers:
+        """What the words alone of each request show of each narrow arm: [rows, arms, columns of "glance"]."""
+        worded = self._worded(queries, own)
+        shares = [[t.get(begun, 0.0) for t in self._templates] for begun in map(template, queries)]
+        told = np.array(shares).reshape(*worded.shape[:2], 1)
+        return np.concatenate([np.ones_like(told), worded, told], axis=2)
+
+    def _worded(self, queries: Sequence[str], own: Sequence[Own | None]) -> Numbers:
+        """[rows, arms, 3]: how the words of each request lean to each narrow arm, its phrases, and its length. An arm's
+        own messages are asked without their own words."""
+        asked = [look(query) for query in queries]
+        lexicons = [self.messages[arm].lexicon for arm in self.narrow]
+        out = np.empty((len(queries), len(lexicons), 3))
+        out[:, :, :2] = np.stack([self._spoken.familiarity(words) for words in asked])
+        out[:, :, 2] = [[lexicon.oddity(words) for lexicon in lexicons] for words in asked]
+        general = self.messages[PROMPT].lexicon if PROMPT in self.messages else Lexicon()
         for row, mine in enumerate(own):
-            if mine is not None and mine.arm == arm:
-                out[row, :2] = lexicon.familiarity(asked[row], general, own=True)
+            if mine is not None and mine.arm in self.narrow:
+                place = self.narrow.index(mine.arm)
+                out[row, place, :2] = lexicons[place].familiarity(asked[row], general, own=True)
         return out
 
     def _of(self, arm: Arm, cosines: Vectors) -> Vectors:

@@ -1,4 +1,5 @@
-"""From a request to a decision: embed once, score every arm, let the policy choose, within the deadline.
+"""From a request to a decision: glance at its words, embed it once where they leave a doubt, score every arm, let the
+policy choose, within the deadline.
 
 Whatever goes wrong here costs quality, never the answer: the default arm is taken and the decision says why.
 """
@@ -9,7 +10,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -19,7 +20,7 @@ from hybrid.errors import HybridError
 from hybrid.gate.conversations import Conversations
 from hybrid.gate.features import PASSAGES, Vectors
 from hybrid.gate.model import Gate, Scores
-from hybrid.gate.policy import Policy
+from hybrid.gate.policy import Choice, Policy
 from hybrid.gate.turns import Turns
 from hybrid.knowledge.search import Library
 from hybrid.settings import GateSettings
@@ -43,19 +44,17 @@ class Decider:
         self._turns = Turns(settings.deadline_ms / 1000)
         self._conversations = Conversations()
 
-    async def decide(self, request: Request) -> Decision:
+    async def decide(self, request: Request, *, whole: bool = False) -> Decision:
         """The decision for `model="auto"`: a gate that fails or is late falls back to the default arm.
 
-        Raises BadRequest when the request allows none of the arms there are.
+        With `whole` every arm's own score is wanted, not only the best one, and a glance is not enough. Raises
+        BadRequest when the request allows none of the arms there are.
         """
         began = time.perf_counter()
         try:
-            scores = permitted(await self._turns.run(partial(self._score, request)), request.rights)
-            if any(not math.isfinite(score) for score in scores.by_arm.values()):
-                raise ValueError("the gate gave a score that is not a number")
-            kept = self._conversations.arm(request)
-            choice = self._policy.choose(scores, allowed=request.rights.may, knobs=request.knobs, kept=kept)
-            vector = self._kept(request.query)
+            scores, choice = await self._chosen(request, self._score if whole else self._looked)
+            if scores.glanced and (choice.fallback or choice.arm.confers):
+                scores, choice = await self._chosen(request, self._score)
         except HybridError:
             raise  # the request's own fault, and said in words
         except TimeoutError:
@@ -75,12 +74,32 @@ class Decider:
             fallback=choice.fallback,
             route_ms=_since(began),
             neighbours=tuple(scores.neighbours),
-            vector=vector,
+            vector=self._kept(request.query),
             first=choice.first,
             propensity=choice.propensity,
             adjusted={str(arm): round(moved, 4) for arm, moved in scores.adjusted.items()},
             gate=self.gate.taught.version if self.gate.taught else None,
         )
+
+    async def _chosen(self, request: Request, look: Callable[[Request], Scores]) -> tuple[Scores, Choice]:
+        """The scores that the caller may know, and what the rules choose by them."""
+        scores = permitted(await self._turns.run(partial(look, request)), request.rights)
+        if any(not math.isfinite(score) for score in scores.by_arm.values()):
+            raise ValueError("the gate gave a score that is not a number")
+        kept = self._conversations.arm(request)
+        return scores, self._policy.choose(scores, allowed=request.rights.may, knobs=request.knobs, kept=kept)
+
+    def _looked(self, request: Request) -> Scores:
+        """The scores by a glance where that tells whose the request is, else by all of it. Feedback moves scores by
+        what was asked, and limits may leave its owner out: then all of it is looked at."""
+        least, knobs = self._settings.glance_above, request.knobs
+        free = knobs.arms is None and knobs.corpus is None and self.gate.bandit is None
+        found = self.gate.glance(request.query, least) if free and least < 1 else None
+        if found is None or not request.rights.may(found[0]):
+            return self._score(request)
+        if not knobs.explain:
+            return found[1]
+        return replace(found[1], neighbours=self._score(request).neighbours)  # who asks why sees what lies nearest
 
     def _score(self, request: Request) -> Scores:
         arms = self.gate.arms()
@@ -99,11 +118,11 @@ class Decider:
             for name in named
         }
 
-    def _kept(self, query: str) -> bytes | None:
-        """The query's vector as it is logged; the embedder still has it from the scoring."""
+    def _kept(self, query: str) -> Callable[[], bytes] | None:
+        """Makes the query's vector as it is logged, behind the answer: a glance needs none."""
         if not self._settings.log_vectors or len(self.gate.arms()) <= 1:
             return None
-        return self._library.embedder.embed_query(query).astype(np.float16).tobytes()
+        return lambda: self._library.embedder.embed_query(query).astype(np.float16).tobytes()
 
     def _default(self, fallback: str, reason: str, began: float, rights: Rights) -> Decision:
         usual = Arm.parse(self._settings.default_arm)

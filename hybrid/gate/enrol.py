@@ -135,9 +135,9 @@ class Enrolment:
         if self._learned is None:
             return None
         groups = self._learned.memory.groups
-        at_home = {arm for arm in adapters if self._task_of(arm) in groups}
-        at_home |= {Arm("rag", (name,)) for name in self._library.names() if name in groups}
-        return Taught.of(self._learned, frozenset(self._offered(live)), frozenset(at_home), version or 0)
+        own = {arm: self._task_of(arm) for arm in adapters} | {Arm("rag", (n,)): n for n in self._library.names()}
+        at_home = {arm: task for arm, task in own.items() if task in groups}
+        return Taught.of(self._learned, frozenset(self._offered(live)), at_home, version or 0)
 
     def _load(self, version: int | None) -> Learned | None:
         if self._candidate is not None:

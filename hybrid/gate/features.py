@@ -30,6 +30,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "messages": ("bias", "place", "mean5", "top1", "deviation", "words", "cues", "length"),
     "passages": ("bias", "top1", "mean3", "surprise", "overlap", "question", "length"),
     "general": ("mean5", "top1"),
+    "glance": ("bias", "words", "cues", "length", "template"),
 }
 #: where little is known, an arm is assumed to look like this: cosine of its own, their spread, cosine of strangers
 _OWN, _SPREAD, _FAR = 0.6, 0.1, 0.15
@@ -43,16 +44,22 @@ def closeness(similarity: Vectors, k: int = NEAREST) -> tuple[Numbers, Numbers]:
 
     Entries of -inf are left out (a prototype must not be its own neighbour).
     """
-    rows, n = similarity.shape
-    if n == 0:
-        return np.full(rows, -1.0), np.full(rows, -1.0)
-    k = min(k, n)
-    best = -np.partition(-similarity, k - 1, axis=1)[:, :k].astype(np.float64)
+    top, mean = _closeness([similarity], k)
+    return top[:, 0], mean[:, 0]
+
+
+def _closeness(similarity: Sequence[Vectors], k: int = NEAREST) -> tuple[Numbers, Numbers]:
+    """`closeness` of many matrices with the same rows at once: each [rows, matrices]."""
+    best = np.full((len(similarity[0]), len(similarity), k), -np.inf)
+    for place, cosines in enumerate(similarity):
+        n = cosines.shape[1]
+        many = min(k, n)
+        if many:
+            best[:, place, :many] = np.partition(cosines, n - many, axis=1)[:, n - many :]
     usable = np.isfinite(best)
-    count = np.maximum(usable.sum(axis=1), 1)
-    mean = np.where(usable, best, 0.0).sum(axis=1) / count
-    none = ~usable.any(axis=1)
-    return np.where(none, -1.0, best.max(axis=1)), np.where(none, -1.0, mean)
+    count = usable.sum(axis=2)
+    mean = np.where(usable, best, 0.0).sum(axis=2) / np.maximum(count, 1)
+    return np.where(count > 0, best.max(axis=2), -1.0), np.where(count > 0, mean, -1.0)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -88,20 +95,24 @@ class View:
 
 
 def message_features(views: Sequence[View], similarity: Sequence[Vectors]) -> Numbers:
-    """[rows, 4] for an adapter: how near a request comes in the view that fits it better.
+    """[rows, views, 4]: how near a request comes to each view of adapters' messages.
 
     `similarity[i]` is [rows, n of view i]. `place` is 0 where general requests lie and 1 where the arm's own do;
     `deviation` counts spreads from its own.
     """
-    columns: list[Numbers] = []
-    for view, cosines in zip(views, similarity, strict=True):
-        top, mean = closeness(cosines)
-        place = np.clip((mean - view.far) / (view.own - view.far), -0.5, 1.5)
-        deviation = np.clip((mean - view.own) / view.spread, -12, 2)
-        columns.append(np.stack([4 * place, 4 * mean, 4 * top, deviation / 2], axis=1))
-    by_view = np.stack(columns)
-    fitting = (2 * by_view[:, :, 0] + by_view[:, :, 3]).argmax(axis=0)
-    return by_view[fitting, np.arange(by_view.shape[1])]  # type: ignore[no-any-return]
+    own, far, spread = np.array([(view.own, view.far, view.spread) for view in views]).T
+    top, mean = _closeness(similarity)
+    place = np.clip((mean - far) / (own - far), -0.5, 1.5)
+    deviation = np.clip((mean - own) / spread, -12, 2)
+    return np.stack([4 * place, 4 * mean, 4 * top, deviation / 2], axis=2)
+
+
+def fitting(near: Numbers, views: npt.NDArray[np.intp]) -> Numbers:
+    """[rows, arms, 4] of `message_features` [rows, views, 4]: for each arm those of the view that a request fits
+    better. `views` [arms, most] are the places of its views, one of them repeated where it has fewer."""
+    fit = (2 * near[:, :, 0] + near[:, :, 3])[:, views].argmax(axis=2)
+    chosen = views[np.arange(len(views)), fit]
+    return np.take_along_axis(near, chosen[:, :, None], axis=1)
 
 
 def general_features(similarity: Vectors) -> Numbers:

@@ -24,7 +24,7 @@ from hybrid.gate.form import FORM, form
 from hybrid.gate.groups import GroupMeans, Groups
 from hybrid.gate.knn import Knn
 from hybrid.gate.linear import Linear
-from hybrid.gate.memory import AROUND, Example, Memory
+from hybrid.gate.memory import AROUND, Example, Memory, Near
 from hybrid.gate.study import Asked, Model, Tensors
 from hybrid.gate.towers import Towers
 
@@ -98,6 +98,17 @@ class Learned:
             typical=self.conformal.typical(near),
             nearest=self.memory.examples(near, self.arms) if explain else (),
         )
+
+    def of_task(self, task: str) -> Estimate | None:
+        """What to expect of a task's requests, none in particular; None where the model sees more than the task."""
+        if not isinstance(self.model, ByTask):
+            return None
+        place = self.memory.groups.index(task)
+        group = np.eye(len(self.memory.groups))[[place]]
+        rows = np.flatnonzero(self.memory.group == place)[None, :]
+        score = trusted(group @ self.model.mean, group, self.means, self.trust)
+        cost = self.memory.costs(Near(rows, np.ones(rows.shape, np.float32)))
+        return Estimate(self.calibration(score), cost, typical=np.ones(1), nearest=((),))
 
     def may_be_best(self, score: Numbers) -> tuple[str, ...]:
         """The arms that may be the best one for a request with these scores [arms]: nine sets in ten hold it."""

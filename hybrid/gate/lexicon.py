@@ -34,6 +34,11 @@ def bare_input(query: str) -> str:
     return query.rstrip().rsplit("\n\n", 1)[-1]
 
 
+def template(query: str) -> str:
+    """The instruction before a request's input; nothing where there is none."""
+    return query.rstrip().rpartition("\n\n")[0].strip()
+
+
 def spelled(text: str) -> list[str]:
     """The words and marks of a text in order, folded."""
     return _TOKEN.findall(text.casefold())
@@ -77,17 +82,21 @@ def phrases(asked: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Lexicon:
-    """How often an arm's messages use each word and each pair of words, and how long they are (log of tokens)."""
+    """How often an arm's messages use each word and each pair of words, how long they are (log of tokens), and which
+    share of them begins with each instruction."""
 
     counts: Mapping[str, int] = field(default_factory=dict)
     total: int = 0
     length: float = 2.5
     spread: float = 0.5
+    templates: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, texts: Iterable[str]) -> Lexicon:
+    def of(cls, texts: Sequence[str]) -> Lexicon:
         counts: Counter[str] = Counter()
         lengths: list[int] = []
+        begun = Counter(template(text) for text in texts)
+        templates = {begin: n / len(texts) for begin, n in begun.items() if begin}
         for text in texts:
             asked = look(text)
             counts.update(asked)
@@ -95,8 +104,8 @@ class Lexicon:
             lengths.append(len(asked))
         logs = [math.log(1 + n) for n in lengths]
         if len(logs) < 2:
-            return cls(counts, sum(lengths))
-        return cls(counts, sum(lengths), fmean(logs), max(pstdev(logs), 0.15))
+            return cls(counts, sum(lengths), templates=templates)
+        return cls(counts, sum(lengths), fmean(logs), max(pstdev(logs), 0.15), templates)
 
     def oddity(self, asked: Sequence[str]) -> float:
         """How unusual the length of a request is for this arm, in spreads beyond the first; 0 to 6."""

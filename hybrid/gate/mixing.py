@@ -43,7 +43,7 @@ class Mixer:
         score them: who asks for a mix gets one, or an error.
         """
         asked = dataclasses.replace(request.knobs, arms=None, corpus=None, session=None)
-        decision = await self._decider.decide(dataclasses.replace(request, model="auto", knobs=asked))
+        decision = await self._decider.decide(dataclasses.replace(request, model="auto", knobs=asked), whole=True)
         if decision.fallback in ("deadline", "error"):
             raise NotReady(f"The adapters could not be weighed: {decision.reason}. Repeat, or give the weights.")
         weights = self._weights(_adapters(decision.scores, request.knobs.arms))

@@ -17,8 +17,10 @@ import numpy as np
 from hybrid.gate.bandit import Bandit
 from hybrid.gate.bank import PASSAGE_SAMPLE, Bank, Messages, sample
 from hybrid.gate.features import COLUMNS, NEAREST, Corpus, Numbers, Search, Vectors
+from hybrid.gate.glance import KNOWN, chances
 from hybrid.gate.learned import Estimate
 from hybrid.gate.lexicon import words
+from hybrid.gate.logit import softmax
 from hybrid.gate.noise import Pieces, believed, noise
 from hybrid.gate.taught import TASK, Blend, Taught, task_owner
 from hybrid.types.arm import PROMPT, Arm
@@ -30,8 +32,8 @@ SURE = (0.4, 0.6)
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Weights:
-    """One weight a column of `features.COLUMNS`, by kind. `sure` is how likely a well-known narrow arm must be to be
-    taken, where no setting says so."""
+    """One weight a column of `features.COLUMNS`, by kind, and those of a glance. `sure` is how likely a well-known
+    narrow arm must be to be taken, where no setting says so."""
 
     by_kind: Mapping[str, Numbers]
     sure: float = SURE[0]
@@ -49,6 +51,7 @@ DEFAULT = Weights(
         "messages": np.array([-2.1, 1.1, 2.1, -1.3, 0.6, -0.4, 0.9, -1.3]),
         "passages": np.array([-2.6, -0.2, 0.1, 2.8, 1.2, 1.4, -4.6]),
         "general": np.array([1.1, 1.4]),
+        "glance": np.array([-3.1, 2.5, 1.3, -1.6, 4.5]),
     }
 )
 assert all(len(DEFAULT.by_kind[k]) == len(columns) for k, columns in COLUMNS.items())  # noqa: S101
@@ -72,7 +75,7 @@ class Scores:
     `stranger` is how much of `prompt`'s score comes from the request being nobody's (None: all of it). `costs` are
     expected ones where outcomes tell. `why` says in words what each arm showed; `neighbours` are the messages that
     lie nearest, those that were measured with the scores of their arms. `adjusted` is how far feedback moved a score;
-    `sure` says by ("adapter" or "rag", name) how likely it must be to be taken.
+    `sure` says by ("adapter" or "rag", name) how likely it must be to be taken. `glanced`: words alone told.
     """
 
     by_arm: Mapping[Arm, float]
@@ -82,6 +85,7 @@ class Scores:
     costs: Mapping[Arm, float] = field(default_factory=dict)
     adjusted: Mapping[Arm, float] = field(default_factory=dict)
     sure: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    glanced: bool = False
 
     def needed(self, arm: Arm) -> float:
         """How likely an arm must be to be taken, by what it answers with."""
@@ -184,6 +188,25 @@ class Gate:
         own = (a for a in (*self.bank.messages, *self.bank.corpora) if a.strategy != TASK)
         return tuple(dict.fromkeys((PROMPT, *own, *(self.taught.served if self.taught else ()))))
 
+    def glance(self, query: str, least: float) -> tuple[Arm, Scores] | None:
+        """Whose a request is by its words alone, with the scores that follow; None where that is less likely than
+        `least` (0 to 1), its arm is little known, or outcomes want to see more of a request than its task."""
+        bank, weights, taught = self.bank, self.weights, self.taught
+        owners = chances(bank, query, weights.by_kind["glance"])
+        owner = max(owners, key=lambda arm: owners[arm])
+        if owner == PROMPT or owners[owner] < least or bank.known["adapter", owner.args[0]] < KNOWN:
+            return None
+        owners |= dict.fromkeys(bank.corpora, 0.0)
+        why = {owner: f"the words are those of {owner.args[0]}, {owners[owner]:.3f} sure at a glance"}
+        sure = self._sure(bank, weights)
+        if taught is None:
+            return owner, Scores(owners, why, sure=sure, glanced=True)
+        if (estimate := taught.of_owner(owner)) is None:
+            return None
+        blend = taught.blend(owners, estimate)
+        told = {arm: f"{text}; {why[owner]}" for arm, text in _expectations(blend).items()}
+        return owner, Scores(blend.shares, told, (), blend.stranger, blend.costs, sure=sure, glanced=True)
+
     def score(self, query: str, vector: Vectors, retrieved: Mapping[str, Sequence[Passage]] | None = None) -> Scores:
         """Scores every arm for one request with its unit vector [d].
 
@@ -207,7 +230,7 @@ class Gate:
             {"arm": str(arm), "text": text, "similarity": round(cosine, 4)}
             for arm, text, cosine in bank.neighbours(cosines[0], NEAREST)
         )
-        sure = {part: SURE[0] + (weights.sure - SURE[0]) * known for part, known in bank.known.items()}
+        sure = self._sure(bank, weights)
         if taught is None:
             return Scores(owners, why, near, sure=sure)
         estimate = taught.estimate(query, vector)
@@ -215,6 +238,10 @@ class Gate:
         reasons = {**why, **_expectations(blend)}
         told = (*_measured(estimate), *near)
         return Scores(blend.shares, reasons, told, blend.stranger, blend.costs, sure=sure)
+
+    @staticmethod
+    def _sure(bank: Bank, weights: Weights) -> dict[tuple[str, str], float]:
+        return {part: SURE[0] + (weights.sure - SURE[0]) * known for part, known in bank.known.items()}
 
     def _noise(self, bank: Bank, query: str, found: Mapping[Arm, Sequence[Passage]]) -> float:
         """How much of a request is noise, 0 to 1, to all that is enrolled and to the passages found for it."""
@@ -239,12 +266,6 @@ def _quietened(owners: Mapping[Arm, float], bank: Bank, amount: float) -> dict[A
     usual = {arm: messages.noise for arm, messages in bank.messages.items()}
     kept = {arm: chance * believed(amount, usual.get(arm, 0.0)) for arm, chance in owners.items() if arm != PROMPT}
     return {**owners, **kept, PROMPT: 1 - sum(kept.values())}
-
-
-def softmax(utilities: Numbers) -> Numbers:
-    """Probabilities over the last axis; an arm at -inf gets none."""
-    odds = np.exp(utilities - utilities.max(axis=-1, keepdims=True))
-    return odds / odds.sum(axis=-1, keepdims=True)  # type: ignore[no-any-return]
 
 
 def _reasons(bank: Bank, features: Mapping[Arm, Numbers], found: Mapping[Arm, Sequence[Passage]]) -> dict[Arm, str]:

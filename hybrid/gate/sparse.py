@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid.gate.features import Numbers
-from hybrid.gate.model import softmax
+from hybrid.gate.logit import softmax
 
 #: rounds in which a bias is fitted, its steps ever smaller
 _ROUNDS = 60

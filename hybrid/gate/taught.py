@@ -14,7 +14,7 @@ resembles nothing goes to `prompt`, and where nothing was measured the scores ar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hybrid.gate.features import Vectors
 from hybrid.gate.learned import Estimate, Learned
@@ -47,25 +47,32 @@ class Blend:
 @dataclass(frozen=True, slots=True)
 class Taught:
     """Outcomes as they bear on this home: `served` says which column of the estimate an arm that can be asked has,
-    `at_home` which owners' own requests were measured (an adapter may have been measured on other tasks alone)."""
+    `at_home` the task on which owners' own requests were measured (an adapter may have been measured on other tasks
+    alone)."""
 
     learned: Learned
     served: Mapping[Arm, int]
-    at_home: frozenset[Arm] = frozenset()
+    at_home: Mapping[Arm, str] = field(default_factory=dict)
     version: int = 0
 
     @classmethod
     def of(
-        cls, learned: Learned, offered: frozenset[Arm], at_home: frozenset[Arm] = frozenset(), version: int = 0
+        cls, learned: Learned, offered: frozenset[Arm], at_home: Mapping[Arm, str] | None = None, version: int = 0
     ) -> Taught:
         """What of the learned arms is on offer."""
         columns = {Arm.parse(name): i for i, name in enumerate(learned.arms) if _is_arm(name)}
         served = {arm: i for arm, i in columns.items() if arm in offered or arm == PROMPT}
-        return cls(learned, served, at_home, version)
+        return cls(learned, served, at_home or {}, version)
 
     def estimate(self, query: str, vector: Vectors) -> Estimate:
         """What outcomes say of one request with its unit vector [d]."""
         return self.learned.predict([query], vector[None, :])
+
+    def of_owner(self, owner: Arm) -> Estimate | None:
+        """What outcomes say of an owner's requests, none in particular; None where they were not measured, or where
+        the arms of a task are told apart by more than the task."""
+        task = owner.args[0] if owner.strategy == TASK else self.at_home.get(owner)
+        return None if task is None else self.learned.of_task(task)
 
     def blend(self, owners: Mapping[Arm, float], estimate: Estimate) -> Blend:
         """The arms' shares, from the probabilities of owners (they sum to one)."""

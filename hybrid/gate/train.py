@@ -2,7 +2,7 @@
 
 Rows are an arm's own messages (each left out of its own neighbours), general requests, and for a corpus questions
 made out of its passages. Each row is also shown with its owner taken away, and then belongs to `prompt`: that is how
-the gate learns what a stranger looks like. Newton's method on the penalised conditional logit (McFadden 1974).
+the gate learns what a stranger looks like. A penalised conditional logit (`logit.py`).
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import numpy.typing as npt
 
 from hybrid.gate.bank import Bank, Own, sample
 from hybrid.gate.features import COLUMNS, Corpus, Embed, Numbers, Vectors
+from hybrid.gate.glance import Said, learn
 from hybrid.gate.lexicon import bare_input, tokens
-from hybrid.gate.model import DEFAULT, SURE, Weights, kind, softmax
+from hybrid.gate.logit import Labels, fitted, softmax
+from hybrid.gate.model import DEFAULT, SURE, Weights, kind
 from hybrid.types.arm import PROMPT, Arm
 from hybrid.types.passage import Passage
 
-Labels = npt.NDArray[np.intp]
-
+#: kinds whose arms are alternatives of one choice
+KINDS = ("messages", "passages", "general")
 #: rows made in all, shared out among the arms
 _ROWS = 1200
 #: how strongly weights are drawn towards the defaults, in rows: messages are what will be asked, while questions made
@@ -64,7 +66,9 @@ def train_gate(bank: Bank, embed: Embed) -> Weights:
     label = np.array([list(features).index(row.arm) for row in rows])
     ours = np.array([row.arm == PROMPT and row.own is None for row in rows])
     kept = ~(ours & _kindred(features, np.full(len(rows), -1)))
-    weights = _newton(*_with_orphans({arm: x[kept] for arm, x in features.items()}, label[kept]))
+    by_kind = _fitted(*_with_orphans({arm: x[kept] for arm, x in features.items()}, label[kept]))
+    said = [Said(row.query, row.arm if row.own else PROMPT, row.own) for row in rows]
+    weights = Weights({**by_kind, "glance": learn(bank, said, DEFAULT.by_kind["glance"])})
     own = np.array([row.arm != PROMPT and row.own is not None for row in rows])
     return replace(weights, sure=_sure(weights, {arm: x[own] for arm, x in features.items()}))
 
@@ -169,41 +173,14 @@ def _kindred(features: Mapping[Arm, Numbers], owner: Labels) -> npt.NDArray[np.b
     return softmax(utility)[:, list(features).index(PROMPT)] < _KINDRED
 
 
-def _newton(features: Mapping[Arm, Numbers], open_: npt.NDArray[np.bool_], label: Labels) -> Weights:
-    """The weights that make the labels likeliest. `open_` [rows, arms] says which arms a row may choose from."""
-    kinds = list(COLUMNS)
-    start = np.concatenate([DEFAULT.by_kind[k] for k in kinds])
+def _fitted(features: Mapping[Arm, Numbers], open_: npt.NDArray[np.bool_], label: Labels) -> dict[str, Numbers]:
+    """By kind, the weights that make the labels likeliest. `open_` [rows, arms] says which arms a row may choose."""
+    start = np.concatenate([DEFAULT.by_kind[k] for k in KINDS])
+    penalty = np.concatenate([np.full(len(COLUMNS[k]), _PENALTY[k]) for k in KINDS])
     design = np.zeros((*open_.shape, len(start)))
-    offsets = dict(zip(kinds, np.cumsum([0, *(len(COLUMNS[k]) for k in kinds)]), strict=False))
+    offsets = dict(zip(KINDS, np.cumsum([0, *(len(COLUMNS[k]) for k in KINDS)]), strict=False))
     for a, (arm, x) in enumerate(features.items()):
         first = offsets[kind(arm)]
         design[:, a, first : first + x.shape[1]] = x
-    rows = np.arange(len(label))
-    importance = _balanced(label)
-    theta = start.copy()
-    penalty = np.concatenate([np.full(len(COLUMNS[k]), _PENALTY[k]) for k in kinds])
-
-    def loss(at: Numbers) -> float:
-        chance = softmax(np.where(open_, design @ at, -np.inf))[rows, label]
-        return float(-(importance * np.log(chance + 1e-300)).sum() + (penalty * (at - start) ** 2).sum() / 2)
-
-    for _ in range(30):
-        chance = softmax(np.where(open_, design @ theta, -np.inf))
-        expected = np.einsum("ra,rap->rp", chance, design)
-        gradient = importance @ (expected - design[rows, label]) + penalty * (theta - start)
-        weighted = design * np.sqrt(importance[:, None] * chance)[:, :, None]
-        flat = weighted.reshape(-1, len(theta))
-        curvature = flat.T @ flat - (expected * importance[:, None]).T @ expected + np.diag(penalty)
-        step = np.linalg.solve(curvature, gradient)
-        size = next((s for s in (1.0, 0.5, 0.25, 0.1, 0.01) if loss(theta - s * step) < loss(theta)), 0.0)
-        theta = theta - size * step
-        if size * float(np.abs(step).max()) < 1e-4:
-            break
-    return Weights({k: theta[offsets[k] : offsets[k] + len(COLUMNS[k])] for k in kinds})
-
-
-def _balanced(label: Labels) -> Numbers:
-    """Every arm's rows weigh the same together, with the number of rows as the total."""
-    counts = np.bincount(label)
-    present = int((counts > 0).sum())
-    return len(label) / present / counts[label]
+    theta = fitted(design, open_, label, start, penalty)
+    return {k: theta[offsets[k] : offsets[k] + len(COLUMNS[k])] for k in KINDS}

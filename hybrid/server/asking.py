@@ -6,6 +6,7 @@ that could move the request elsewhere, or another tenant's cache, is dropped wha
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -97,6 +98,7 @@ def _asked(body: JSON, asker: Asker, *, messages: tuple[Message, ...] = (), prom
     stream = body.get("stream") or False
     _boolean("stream", stream)
     knobs = _knobs(body.get("hybrid"))
+    knobs = dataclasses.replace(knobs, explain=knobs.explain or asker.debug)
     request = Request(
         id=asker.id,
         model=_model(body.get("model", "auto")),
@@ -108,7 +110,7 @@ def _asked(body: JSON, asker: Asker, *, messages: tuple[Message, ...] = (), prom
         caller=asker.caller,
     )
     include_usage = _include_usage(body.get("stream_options"), stream)
-    return Asked(request, include_usage, knobs.explain or asker.debug, prompt is None)
+    return Asked(request, include_usage, knobs.explain, prompt is None)
 
 
 def _dropped(key: str) -> bool:

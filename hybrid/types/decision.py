@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +28,8 @@ class Decision:
     adapter: str | None = None  # the immutable name@version that answers
     route_ms: float = 0.0
     neighbours: tuple[Mapping[str, Any], ...] = ()
-    #: the query's unit vector as float16 bytes, for the log alone; None where it was not computed or not to be kept
-    vector: bytes | None = field(default=None, repr=False)
+    #: makes the query's unit vector as float16 bytes, for the log alone; None where it is not to be kept
+    vector: Callable[[], bytes] | None = field(default=None, repr=False)
     #: a cheaper arm that is asked first and answers if it is sure (a cascade)
     first: Arm | None = None
     #: the probability with which the gate takes this arm for such a request, above 0; 1 without exploration
