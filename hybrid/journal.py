@@ -21,6 +21,9 @@ from hybrid.types.decision import Decision
 
 log = logging.getLogger("hybrid.journal")
 
+#: vectors made in one go: in a flood of requests a sample of them tells what is asked, and the cores have other work
+_VECTORS = 64
+
 
 class Journal:
     """Decisions of one server. `keep` bounds the memory."""
@@ -58,8 +61,8 @@ class Journal:
     def flush(self) -> None:
         """Stores what is pending now, with its vectors. A full disk costs the record, never the answer."""
         rows, self._pending = self._pending, []
-        for row in rows:
-            row["vector"] = _made(row["vector"])
+        for place, row in enumerate(rows):
+            row["vector"] = _made(row["vector"]) if place < _VECTORS else None
         try:
             self._state.add_decisions(rows)
         except SQLAlchemyError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections import Counter
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 from hybrid.adapters.store import AdapterStore
 from hybrid.bench.gate import strangers
-from hybrid.bench.house import own
+from hybrid.bench.house import open_house, own
 from hybrid.bench.newcomer import without
 from hybrid.bench.plain import auroc, baselines
 from hybrid.bench.routed import Field
@@ -25,15 +26,19 @@ from hybrid.cli import app
 from hybrid.errors import BadRequest, DataError
 from hybrid.gate.choose import fit
 from hybrid.gate.general import general_lines, outside_lines
+from hybrid.gate.lexicon import Wording
 from hybrid.gate.outcomes import Lessons, Seen, read_outcomes
 from hybrid.gate.teach import teach
+from hybrid.knowledge import corpus, embed
 from hybrid.knowledge.embed import Embedder
 from hybrid.knowledge.examples import Shelf
 from hybrid.knowledge.search import Library
+from hybrid.models import ModelFiles
 from hybrid.rooms import Home
 from hybrid.settings import RetrievalSettings, Settings
 from hybrid.state import State
 from hybrid.types.arm import Arm
+from hybrid.types.decision import Decision
 
 GARDEN = [t.format(p) for t in TROUBLES for p in PLANTS]
 BORROW = [t.format(b) for t in ORDERS for b in BOOKS]
@@ -132,8 +137,33 @@ def test_the_gate_stands_beside_every_fixed_choice(found: dict[str, Any]) -> Non
     assert router["auto"]["score"] > 0.9
     assert router["recovered"] == pytest.approx((router["auto"]["score"] - 1 / 3) / (2 / 3), abs=1e-3)
     assert router["over_best_single"]["ci95"][0] > 0.4
+    assert router["best_elsewhere"] == 1
+    assert router["best_unrouted"]["score"] == router["best_single"]["score"]
     assert [row["task"] for row in found["rows"]] == ["garden", "library", "island"]
     assert all(sum(row["taken"].values()) == row["n"] for row in found["rows"])
+
+
+def test_luck_is_told_from_merit_and_fixed_arms_from_those_that_ask_the_gate(tmp_path: Path) -> None:
+    dice, rows = np.random.default_rng(0), []
+    for number in range(60):
+        arms = {f"rag:c{i}": float(dice.random() < 0.5) for i in range(20)} | {
+            "prompt": 0.25,
+            "moa": 1.0 * (number > 9),
+        }
+        rows += [{"id": number, "input": f"question {number}", "model": a, "score": s} for a, s in arms.items()]
+    table = tmp_path / "table.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows if row["model"] != "moa"))
+    field = Field(read_outcomes([table], teach=False))
+    (task,) = field.tasks
+    assert field.best_arm(task)[1] > 0.57  # the luckiest of twenty coins
+    assert field.best_elsewhere == pytest.approx(0.5, abs=0.05)
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    field = Field(read_outcomes([table], teach=False))
+    assert field.best_single[0] == "moa"
+    unrouted = field.best_unrouted
+    assert unrouted is not None
+    assert unrouted[0].startswith("rag:c")
+    assert field.best_elsewhere == pytest.approx(50 / 60)
 
 
 def test_the_knob_and_what_answers_cost(found: dict[str, Any]) -> None:
@@ -184,8 +214,28 @@ def test_every_request_is_embedded_once(found: dict[str, Any]) -> None:
     time = found["summary"]["time"]
     assert time["embedded"] == time["requests"] == 26
     assert time["embedded_by_search"] == 0
+    assert found["summary"]["glance"]["told"]["share"] == 0  # a few dozen rows make no arm known well enough
     assert 0 < time["ms_vector_known"]["p50"] <= time["ms"]["p95"]
     assert time["ms_embedded"] == time["ms"]
+
+
+def test_the_first_request_waits_for_nothing_to_be_made(
+    home: Path, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables of words, the embedder and the corpora are there before the first request is: else it comes too late and
+    is answered by the default arm."""
+    monkeypatch.setenv("HYBRID_HOME", str(home))
+
+    async def first() -> tuple[Decision, list[str]]:
+        made: list[str] = []
+        async with open_house(Settings.load(), ModelFiles(embedder.name, embedder.path, ""), None) as house:
+            for owner, name in ((Wording, "of"), (corpus, "load"), (embed, "_load")):
+                monkeypatch.setattr(owner, name, lambda *_, name=name: made.append(name))
+            return await house.decide(GARDEN[0]), made
+
+    decision, made = asyncio.run(first())
+    assert made == []
+    assert (decision.arm, decision.fallback) == (Arm("adapter", ("garden",)), None)
 
 
 def test_goals_and_files(found: dict[str, Any], home: Path) -> None:

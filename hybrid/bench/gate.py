@@ -127,6 +127,7 @@ class _Bench:
             "own_arm": found,
             "newcomers": newcomers,
             "strangers": strange,
+            "glance": self._glanced(verdicts),
             "time": times,
         }
         return Result("gate", rows, summary, _goals(summary))
@@ -208,6 +209,13 @@ class _Bench:
             },
         }
 
+    def _glanced(self, verdicts: Sequence[Verdict]) -> JSON:
+        """How many requests words alone told, and how many of these got an arm of their own task."""
+        seen = np.array([not verdict.embedded for verdict in verdicts])
+        owners = zip(self._groups, verdicts, strict=True)
+        right = seen & np.array([self._house.own(group, verdict.arm) for group, verdict in owners])
+        return {"told": _share(int(seen.sum()), len(seen)), "own": _share(int(right.sum()), int(seen.sum()))}
+
     async def _newcomers(self) -> JSON:
         """Every adapter as if it had just been published."""
         enrolled = [arm for arm in self._house.gate.bank.messages if arm.adapter]
@@ -259,6 +267,7 @@ class _Bench:
                 "gate": auroc([v.stranger for v in judged], [v.stranger for v in mine]),
                 "nearest_five": auroc([-s for s in near], [-s for s in usual]),
             },
+            "glanced": sum(not verdict.embedded for verdict in judged),
             "let_in": [
                 {"text": line.text[:120], "arm": str(verdict.arm)}
                 for line, verdict, out in zip(lines, judged, kept, strict=True)

@@ -24,6 +24,9 @@ from hybrid.gate.outcomes import Table
 from hybrid.types import JSON
 from hybrid.types.arm import PROMPT, Arm
 
+#: ways of halving the examples of a task
+_HALVINGS = 100
+
 
 @dataclass(frozen=True, slots=True)
 class Taken:
@@ -106,6 +109,30 @@ class Field:
         return self.table.arms[best], float(means[best])
 
     @cached_property
+    def best_elsewhere(self) -> float:
+        """What the best arm of each task comes to where it is not judged on the examples that it was chosen by: chosen
+        on one half of them, judged on the other, the mean over `_HALVINGS` ways of halving."""
+        dice = np.random.default_rng(0)
+        return float(np.mean([self._halved(rows, dice) for rows in self.tasks.values()]))
+
+    def _halved(self, rows: Places, dice: np.random.Generator) -> float:
+        """`best_elsewhere` of one task; NaN where its examples cannot be halved."""
+        found = []
+        for _ in range(_HALVINGS):
+            mixed = dice.permutation(rows)
+            one, other = mixed[: len(mixed) // 2], mixed[len(mixed) // 2 :]
+            found += [self._chosen(one, other), self._chosen(other, one)]
+        return float(np.mean(found))
+
+    def _chosen(self, by: Places, on: Places) -> float:
+        """The mean on some rows of the arm that is best on others, among those that were asked all of either."""
+        asked = np.flatnonzero(self.table.measured[[*by, *on]].all(axis=0))
+        if not len(asked) or not len(by) or not len(on):
+            return float("nan")
+        best = asked[self.table.score[by][:, asked].mean(axis=0).argmax()]
+        return float(self.table.score[on, best].mean())
+
+    @cached_property
     def oracle(self) -> Numbers:
         """[n]: the best score of any arm on each example."""
         return np.asarray(np.nanmax(self.table.score, axis=1))
@@ -155,6 +182,7 @@ class Field:
                 "recovered": round((auto.score - plain[1]) / (oracle - plain[1]), 4) if oracle > plain[1] else None,
             },
             "best_per_task": round(each, 6),
+            "best_elsewhere": round(self.best_elsewhere, 6) if not np.isnan(self.best_elsewhere) else None,
             "oracle": round(oracle, 6),
             "recovered": round((auto.score - best) / room, 4) if room > 0 else None,
             "of_best_per_task": {

@@ -58,6 +58,8 @@ class Enrolment:
         candidate: Learned | None = None,
     ) -> None:
         self.gate = Gate(pieces=library.embedder.count_tokens)
+        #: where changes are made; the gate that serves gets the result once it is warm
+        self._next = Gate(pieces=library.embedder.count_tokens)
         self.warm = False
         self.generation = 0
         self._home = home
@@ -93,14 +95,12 @@ class Enrolment:
         embedder = self._library.embedder
         if not self.generation:
             lines = general_lines()
-            self.gate.enrol_general(lines, general_vectors(embedder.embed_queries, embedder.query_digest, self._cache))
-            self.gate.enrol_outside(
+            self._next.enrol_general(lines, general_vectors(embedder.embed_queries, embedder.query_digest, self._cache))
+            self._next.enrol_outside(
                 outside_lines(), outside_vectors(embedder.embed_queries, embedder.query_digest, self._cache)
             )
-            embedder.embed_query(lines[0])  # the first query must not pay for loading
-            embedder.count_tokens(lines[:1])
         for arm in gone:
-            self.gate.forget(arm)
+            self._next.forget(arm)
             del self._seen[arm]
         for arm, (mark, enrol) in changed.items():
             try:
@@ -109,8 +109,18 @@ class Enrolment:
                 # an arm that cannot be enrolled is still served by its name
                 log.warning("%s is not routed to: %s", arm, error.message)
             self._seen[arm] = mark
+        self._warm()
+        self.gate.bank = self._next.bank
         self.gate.weights = self._fitted()
         self.generation += 1
+
+    def _warm(self) -> None:
+        """Scores a request by what comes next: whoever asks first must not pay for what is made when it is needed."""
+        line, embedder = general_lines()[0], self._library.embedder
+        embedder.count_tokens([line])
+        self._next.glance(line, 1.0)
+        with contextlib.suppress(HybridError):  # a corpus that cannot be searched is told of where it is asked
+            self._next.score(line, embedder.embed_query(line))
 
     def _fitted(self) -> Weights:
         """The weights for what is enrolled: those kept for the very same arms, or new ones, kept too."""
@@ -118,7 +128,7 @@ class Enrolment:
         name = fingerprint(self._seen.items(), embedder.query_digest)
         known = kept(self._home, name)
         if known is None:
-            known = train_gate(self.gate.bank, embedder.embed_queries)
+            known = train_gate(self._next.bank, embedder.embed_queries)
             if self._seen:
                 keep(self._home, name, known)
         return known
@@ -187,7 +197,7 @@ class Enrolment:
 
     def _enrol_task(self, learned: Learned, place: int, group: str) -> None:
         rows = np.flatnonzero(learned.memory.group == place)
-        self.gate.enrol_task(group, [learned.memory.texts[i] for i in rows], learned.memory.vectors[rows])
+        self._next.enrol_task(group, [learned.memory.texts[i] for i in rows], learned.memory.vectors[rows])
 
     def _task_of(self, arm: Arm) -> str:
         """The task that an adapter was trained on, as its card tells."""
@@ -217,7 +227,7 @@ class Enrolment:
 
     def _enrol_adapter(self, name: str, corpus: str | None) -> None:
         shelf = self._shelves.get(name)
-        self.gate.enrol_adapter(name, shelf.messages, shelf.vectors, shelf.bare, corpus=corpus)
+        self._next.enrol_adapter(name, shelf.messages, shelf.vectors, shelf.bare, corpus=corpus)
 
     def _corpora(self) -> dict[Arm, tuple[str, Callable[[], object]]]:
         return {
@@ -231,4 +241,4 @@ class Enrolment:
         def search(vector: Vectors, k: int) -> tuple[Passage, ...]:
             return self._library.search(name, vector, k)
 
-        self.gate.enrol_corpus(name, passages, vectors, search)
+        self._next.enrol_corpus(name, passages, vectors, search)
