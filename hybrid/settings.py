@@ -142,7 +142,7 @@ class GateSettings(_Section):
         None, ge=0, le=1, description="a narrow arm less likely than this is not taken (default: learned, 0.4 to 0.6)"
     )
     glance_above: float = Field(
-        0.98, ge=0.5, le=1, description="so sure by its words alone, a request is not embedded to be routed; 1: never"
+        0.99, ge=0.5, le=1, description="so sure by its words alone, a request is not embedded to be routed; 1: never"
     )
     stay_margin: float = Field(0.15, ge=0, le=1, description="a conversation changes its arm for a larger gain only")
     cascade: float = Field(0.0, ge=0, le=1, description="a cheaper arm is tried first and kept if this sure; 0: never")

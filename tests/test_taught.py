@@ -3,6 +3,9 @@ arm that nobody measured by its own material, and `prompt` for what resembles no
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from gate_kit import (
@@ -58,10 +61,13 @@ def lessons() -> Lessons:
 @pytest.fixture(scope="module")
 def home(embedder: Embedder, tmp_path_factory: pytest.TempPathFactory) -> GateHome:
     """The garden's adapter and what was measured; the library's adapter came later and was measured by nobody."""
-    home = GateHome(embedder, tmp_path_factory.getbasetemp() / "gate-cache")
+    return taught_home(embedder, tmp_path_factory, "knn", lessons())
+
+
+def taught_home(embedder: Embedder, folders: pytest.TempPathFactory, kind: str, table: Lessons) -> GateHome:
+    home = GateHome(embedder, folders.getbasetemp() / "gate-cache")
     home.garden()
-    table = lessons()
-    learned = fit("knn", table, embedder.embed(list(table.queries)))
+    learned = fit(kind, table, embedder.embed(list(table.queries)))
     sums = [q for q, g in zip(table.queries, table.groups, strict=True) if g == "sums"]
     home.gate.enrol_task("sums", sums, embedder.embed(sums))
     home.gate.taught = Taught.of(learned, frozenset({GARDEN, FEW_SHOT, HEAD}), {GARDEN: "garden"}, version=1)
@@ -81,6 +87,31 @@ def asked(task: str, inputs: list[str]) -> list[str]:
 
 def test_the_arm_that_was_measured_best_answers(home: GateHome) -> None:
     assert {chosen(home, q) for q in asked(GARDEN_TASK, GARDEN_ASKED)} == {FEW_SHOT}
+
+
+@pytest.mark.parametrize("kind", ["tasks", "knn", "linear", "towers"])
+def test_it_answers_those_who_do_not_know_the_instruction_too(
+    embedder: Embedder, tmp_path_factory: pytest.TempPathFactory, kind: str
+) -> None:
+    """Outcomes were measured under the instruction, and people leave it out."""
+    home = taught_home(embedder, tmp_path_factory, kind, lessons())
+    assert {chosen(home, q) for q in asked(GARDEN_TASK, GARDEN_ASKED)} == {FEW_SHOT}
+    assert sum(chosen(home, q) == FEW_SHOT for q in GARDEN_ASKED) >= 0.9 * len(GARDEN_ASKED)
+
+
+@pytest.mark.parametrize(("asked_of", "taken"), [(2, PROMPT), (len(SUMS), GARDEN)])
+def test_another_tasks_adapter_must_be_better_than_prompt_beyond_chance(
+    embedder: Embedder, tmp_path_factory: pytest.TempPathFactory, asked_of: int, taken: Arm
+) -> None:
+    table = lessons()
+    table = replace(table, arms=("prompt", "adapter:garden"), score=table.score[:, :2], cost=table.cost[:, :2])
+    place = [i for i, group in enumerate(table.groups) if group == "sums"]
+    right = np.arange(len(place)) % 4
+    table.score[place, 0], table.score[place, 1] = right == 0, right != 0
+    table.score[place[asked_of:], 1] = np.nan
+    home = taught_home(embedder, tmp_path_factory, "tasks", table)
+    told = Counter(chosen(home, q) for q in asked(SUMS_TASK, SUMS))
+    assert told[taken] >= 0.9 * len(SUMS)
 
 
 def test_a_measured_task_without_an_adapter_gets_its_best_arm_too(home: GateHome) -> None:

@@ -11,6 +11,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,18 @@ class Estimate:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class Told:
+    """What outcomes say of one request: how much it is `like` each task [groups], as these sum to one, the `score`
+    [groups, arms] of every arm were it of that task, `cost` [arms], `typical` and `nearest` as of an `Estimate`."""
+
+    like: Numbers
+    score: Numbers
+    cost: Numbers
+    typical: float
+    nearest: tuple[Example, ...]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Trust:
     """How far a model is believed: `advantage` 0..1 scales how an arm differs from its mean (0: the best single arm
     is always taken), every arm but the best single one must be better by `margin`, and every arm is doubted by so many
@@ -66,7 +79,7 @@ class Trust:
         return scores
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False)
 class Learned:
     """A taught gate. `arms` are spelled as in the outcomes it learned from."""
 
@@ -99,16 +112,41 @@ class Learned:
             nearest=self.memory.examples(near, self.arms) if explain else (),
         )
 
-    def of_task(self, task: str) -> Estimate | None:
+    def look(self, query: str, vector: Vectors, owned: Numbers) -> Told:
+        """What to expect of one request with its unit vector [d]. `owned` [groups] is how likely it is of each task by
+        what else is known of it; what the model sees beyond the task is believed as far as the two agree."""
+        near = self.memory.near(vector[None], max(self.model.reach, AROUND))
+        looks = form([query])
+        like = self.groups(vector[None], looks)[0]
+        agreed = float(np.minimum(owned / max(owned.sum(), 1e-9), like).sum())
+        n = len(like)
+        vectors, forms = np.repeat(vector[None], n, axis=0), np.repeat(looks, n, axis=0)
+        asked = Asked(vectors, forms, near.repeated(n), np.eye(n))
+        raw = agreed * self.model.raw(asked) + (1 - agreed) * self.means.mean
+        return Told(
+            like=like,
+            score=self._believed(raw),
+            cost=self.memory.costs(near)[0],
+            typical=float(self.conformal.typical(near)[0]),
+            nearest=self.memory.examples(near, self.arms)[0],
+        )
+
+    def of_task(self, task: str) -> Told | None:
         """What to expect of a task's requests, none in particular; None where the model sees more than the task."""
         if not isinstance(self.model, ByTask):
             return None
-        place = self.memory.groups.index(task)
-        group = np.eye(len(self.memory.groups))[[place]]
-        rows = np.flatnonzero(self.memory.group == place)[None, :]
-        score = trusted(group @ self.model.mean, group, self.means, self.trust)
-        cost = self.memory.costs(Near(rows, np.ones(rows.shape, np.float32)))
-        return Estimate(self.calibration(score), cost, typical=np.ones(1), nearest=((),))
+        rows = np.flatnonzero(self.memory.group == self.memory.groups.index(task))[None, :]
+        groups = len(self.memory.groups)
+        cost = self.memory.costs(Near(rows, np.ones(rows.shape, np.float32)))[0]
+        return Told(np.full(groups, 1 / groups), self._task_scores, cost, typical=1.0, nearest=())
+
+    @cached_property
+    def _task_scores(self) -> Numbers:
+        return self._believed(self.means.mean)
+
+    def _believed(self, raw: Numbers) -> Numbers:
+        """The scores [groups, arms] that raw ones for a request of each task come to."""
+        return self.calibration(trusted(raw, np.eye(len(raw)), self.means, self.trust))
 
     def may_be_best(self, score: Numbers) -> tuple[str, ...]:
         """The arms that may be the best one for a request with these scores [arms]: nine sets in ten hold it."""

@@ -45,6 +45,10 @@ class Near:
         """Those of some of the requests."""
         return Near(self.rows[index], self.similarity[index])
 
+    def repeated(self, n: int) -> Near:
+        """Those of one request, `n` times."""
+        return Near(np.repeat(self.rows, n, axis=0), np.repeat(self.similarity, n, axis=0))
+
 
 @dataclass(frozen=True, eq=False)
 class Memory:

@@ -18,7 +18,7 @@ from hybrid.gate.bandit import Bandit
 from hybrid.gate.bank import PASSAGE_SAMPLE, Bank, Messages, sample
 from hybrid.gate.features import COLUMNS, NEAREST, Corpus, Numbers, Search, Vectors
 from hybrid.gate.glance import KNOWN, chances
-from hybrid.gate.learned import Estimate
+from hybrid.gate.learned import Told
 from hybrid.gate.lexicon import words
 from hybrid.gate.logit import softmax
 from hybrid.gate.noise import Pieces, believed, noise
@@ -201,9 +201,9 @@ class Gate:
         sure = self._sure(bank, weights)
         if taught is None:
             return owner, Scores(owners, why, sure=sure, glanced=True)
-        if (estimate := taught.of_owner(owner)) is None:
+        if (heard := taught.of_owner(owner)) is None:
             return None
-        blend = taught.blend(owners, estimate)
+        blend = taught.blend(owners, heard)
         told = {arm: f"{text}; {why[owner]}" for arm, text in _expectations(blend).items()}
         return owner, Scores(blend.shares, told, (), blend.stranger, blend.costs, sure=sure, glanced=True)
 
@@ -233,10 +233,10 @@ class Gate:
         sure = self._sure(bank, weights)
         if taught is None:
             return Scores(owners, why, near, sure=sure)
-        estimate = taught.estimate(query, vector)
-        blend = taught.blend(owners, estimate)
+        heard = taught.look(query, vector, owners)
+        blend = taught.blend(owners, heard)
         reasons = {**why, **_expectations(blend)}
-        told = (*_measured(estimate), *near)
+        told = (*_measured(heard), *near)
         return Scores(blend.shares, reasons, told, blend.stranger, blend.costs, sure=sure)
 
     @staticmethod
@@ -289,9 +289,9 @@ def _expectations(blend: Blend) -> dict[Arm, str]:
     return {arm: f"outcomes on requests like this promise {arm} {score:.2f}" for arm, score in blend.expected.items()}
 
 
-def _measured(estimate: Estimate) -> list[Mapping[str, Any]]:
+def _measured(told: Told) -> list[Mapping[str, Any]]:
     """The measured requests nearest to this one, with what each arm scored there."""
     return [
         {"text": text, "similarity": round(similarity, 4), "scores": dict(scores)}
-        for text, similarity, scores in estimate.nearest[0]
+        for text, similarity, scores in told.nearest
     ]

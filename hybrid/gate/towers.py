@@ -24,6 +24,7 @@ from hybrid.gate.columns import Columns
 from hybrid.gate.features import Numbers
 from hybrid.gate.memory import AROUND, Memory, Places
 from hybrid.gate.study import Asked, Study, Tensors, fill
+from hybrid.knowledge.embed import one_thread
 from hybrid.types.arm import Arm, Strategy
 
 #: after how many steps of training on a thousand rows the towers are tried; steps grow with the root of the rows
@@ -168,7 +169,7 @@ def _trained(study: Study, rows: Places, settings: Sequence[int]) -> Iterator[To
     averaged = [part.detach().clone() for part in (*weights, *biases)]
     average = get_ema_multi_avg_fn(_KEPT)  # type: ignore[no-untyped-call]
     stops = [max(1, round(setting * math.sqrt(len(x) / _ROWS))) for setting in settings]
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), one_thread(torch.get_num_threads()):
         torch.manual_seed(study.seed)  # dropout draws from the one generator that there is
         for step in range(1, stops[-1] + 1):
             batch = torch.randint(len(x), (min(_BATCH, len(x)),), generator=dice)
