@@ -182,6 +182,13 @@ def test_requests_find_the_arms_of_their_own_task(found: dict[str, Any]) -> None
     assert {name: one["n"] for name, one in own_arm["with_examples"].items()} == {"gate": 20, "knn": 20, "logistic": 20}
 
 
+def test_requests_without_their_instruction_find_them_too(found: dict[str, Any]) -> None:
+    bare = found["summary"]["bare"]
+    assert bare["own"]["n"] == 26
+    assert bare["own"]["share"] > 0.8
+    assert bare["score"] > 0.8
+
+
 def test_a_new_adapter_gets_its_own_requests_and_no_others(found: dict[str, Any]) -> None:
     newcomers = found["summary"]["newcomers"]
     assert set(newcomers["adapters"]) == {"garden", "library"}

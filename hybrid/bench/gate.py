@@ -26,6 +26,7 @@ from hybrid.bench.routed import Field
 from hybrid.bench.routing import wilson
 from hybrid.errors import BadRequest
 from hybrid.evaluation.statistics import paired
+from hybrid.gate.lexicon import bare_input
 from hybrid.gate.outcomes import read_outcomes
 from hybrid.models import ModelFiles
 from hybrid.rooms import write_json
@@ -112,6 +113,7 @@ class _Bench:
         router, costs = field.router(taken), field.costs(taken)
         knob = await self._knob()
         found = self._found(arms)
+        bare = await self._bare()
         newcomers = await self._newcomers()
         strange = await self._strange(verdicts)
         rows = tuple({**field.row(task, taken, arms), **self._own_row(task, arms)} for task in field.tasks)
@@ -125,6 +127,7 @@ class _Bench:
             "tokens": costs,
             "knob": knob,
             "own_arm": found,
+            "bare": bare,
             "newcomers": newcomers,
             "strangers": strange,
             "glance": self._glanced(verdicts),
@@ -208,6 +211,14 @@ class _Bench:
                 name: _share(n, len(rows)) for name, n in {"gate": int(hits[rows].sum()), **right}.items()
             },
         }
+
+    async def _bare(self) -> JSON:
+        """The same requests as people put them who do not know the instruction: their inputs alone."""
+        self._progress("leaving the instructions out", 0, 1)
+        arms = await self._house.arms([bare_input(query) for query in self._queries])
+        hits = [self._house.own(group, arm) for group, arm in zip(self._groups, arms, strict=True)]
+        own_share = _share(int(np.array(hits)[self._owned].sum()), int(self._owned.sum()))
+        return {"own": own_share, "score": round(self._field.mean(self._field.taken(arms).score), 4)}
 
     def _glanced(self, verdicts: Sequence[Verdict]) -> JSON:
         """How many requests words alone told, and how many of these got an arm of their own task."""
