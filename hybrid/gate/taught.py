@@ -96,8 +96,9 @@ class Taught:
         shares |= {owner: chance for owner, chance in owners.items() if owner not in heard}
         chances = _pooled(self._tasks(heard), told.like)
         columns = list(self.served.values())
-        score = np.where(self.closed, 0.0, told.score[:, columns])
-        worth = (score + _SMALL) / (score.max(axis=1, keepdims=True) + _SMALL)
+        score = told.score[:, columns]
+        open_ = np.where(self.closed, -_SMALL, score)
+        worth = (open_ + _SMALL) / (open_.max(axis=1, keepdims=True) + _SMALL)
         for arm, share in zip(self.served, (chances @ worth).tolist(), strict=True):
             shares[arm] += share
         costs = dict(zip(self.served, told.cost[columns].tolist(), strict=True))
