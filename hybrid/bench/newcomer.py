@@ -61,7 +61,7 @@ def _before(house: House, task: str) -> Gate:
     learned = known and without(known.learned, task, lambda arm: house.own(task, arm))
     if known and learned:
         at_home = {arm: named for arm, named in known.at_home.items() if not house.own(task, arm)}
-        taught = Taught.of(learned, frozenset(known.served), at_home)
+        taught = Taught.of(learned, frozenset(known.served), at_home, house.tasks)
     return house.without(out, taught)
 
 

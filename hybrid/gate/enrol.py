@@ -135,7 +135,7 @@ class Enrolment:
 
     # --- what outcomes taught ----------------------------------------------------------------------------------------
 
-    def _taught(self, adapters: Mapping[Arm, object], live: Iterable[str]) -> Taught | None:
+    def _taught(self, adapters: Mapping[Arm, object], live: Mapping[str, AdapterVersion]) -> Taught | None:
         """The live taught gate, as far as its arms are on offer now; None where there is none that can be used."""
         version = live_version(self._home) if self._pinned is None else self._pinned
         if self._candidate is not None:  # a number of its own: what it enrols is told apart from that of versions
@@ -147,7 +147,15 @@ class Enrolment:
         groups = self._learned.memory.groups
         own = {arm: self._task_of(arm) for arm in adapters} | {Arm("rag", (n,)): n for n in self._library.names()}
         at_home = {arm: task for arm, task in own.items() if task in groups}
-        return Taught.of(self._learned, frozenset(self._offered(live)), at_home, version or 0)
+        return Taught.of(self._learned, frozenset(self._offered(live)), at_home, self._made_for(live), version or 0)
+
+    def _made_for(self, live: Mapping[str, AdapterVersion]) -> dict[str, str]:
+        """By name, the task that each adapter and head was trained on, as its card tells."""
+        cards = {name: version.card for name, version in live.items()}
+        for name in self._store.names():
+            with contextlib.suppress(ModelNotFound):
+                cards.setdefault(name, self._store.head(name).card)
+        return {name: str(card.get("task") or name) for name, card in cards.items()}
 
     def _load(self, version: int | None) -> Learned | None:
         if self._candidate is not None:

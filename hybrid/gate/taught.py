@@ -69,13 +69,18 @@ class Taught:
 
     @classmethod
     def of(
-        cls, learned: Learned, offered: frozenset[Arm], at_home: Mapping[Arm, str] | None = None, version: int = 0
+        cls,
+        learned: Learned,
+        offered: frozenset[Arm],
+        at_home: Mapping[Arm, str] | None = None,
+        tasks: Mapping[str, str] | None = None,
+        version: int = 0,
     ) -> Taught:
-        """What of the learned arms is on offer."""
+        """What of the learned arms is on offer. `tasks` say what adapters and heads were trained on, where that is not
+        their name."""
         columns = {Arm.parse(name): i for i, name in enumerate(learned.arms) if _is_arm(name)}
         served = {arm: i for arm, i in columns.items() if arm in offered or arm == PROMPT}
-        at_home = at_home or {}
-        return cls(learned, served, at_home, version, _closed(learned, served, at_home))
+        return cls(learned, served, at_home or {}, version, _closed(learned, served, tasks or {}))
 
     def look(self, query: str, vector: Vectors, owners: Mapping[Arm, float]) -> Told:
         """What outcomes say of one request with its unit vector [d], whose `owners` are as likely as told."""
@@ -130,7 +135,7 @@ def _pooled(owned: Numbers, like: Numbers) -> Numbers:
     return chances
 
 
-def _closed(learned: Learned, served: Mapping[Arm, int], at_home: Mapping[Arm, str]) -> npt.NDArray[np.bool_]:
+def _closed(learned: Learned, served: Mapping[Arm, int], tasks: Mapping[str, str]) -> npt.NDArray[np.bool_]:
     """[groups, served]: what was made of another task's data and is not measured to beat `prompt` there beyond chance.
     The best of many such arms is mostly the luckiest, and nobody expects it to answer."""
     means, prompt = learned.means, served.get(PROMPT)
@@ -139,7 +144,6 @@ def _closed(learned: Learned, served: Mapping[Arm, int], at_home: Mapping[Arm, s
     columns = list(served.values())
     gap = means.mean[:, columns] - means.mean[:, [prompt]]
     better = gap > _BEYOND_CHANCE * np.hypot(means.error[:, columns], means.error[:, [prompt]])
-    tasks = {owner.adapter: task for owner, task in at_home.items() if owner.adapter}
     made = [{tasks.get(name, name) for name in arm.args} if arm.strategy in _MADE else None for arm in served]
     foreign = [[of is not None and group not in of for of in made] for group in learned.memory.groups]
     closed: npt.NDArray[np.bool_] = np.array(foreign, dtype=bool) & ~better
