@@ -39,7 +39,7 @@ FRESH = 1024
 #: after a publication that failed the next one is tried so many seconds later
 AGAIN_S = 5.0
 #: so often is a search done at most that commits overtake while it looks
-LOOKS = 4
+LOOKS = 16
 #: of a sample for a question, so many are those nearest to it
 NEAREST = 20
 
